@@ -1,0 +1,817 @@
+"""L2D: large language models to diffusion finetuning (Cetin, Zhao, Tang, ICML 2025), in one file.
+
+A causal LM answers every next token with the same amount of work. L2D leaves the LM as it is (the *main path*, frozen)
+and gives it a second, thin way through the same layers (the *diffusion path*), which can be walked any number of times.
+A token is a point x_1 on a sphere. The path starts from pure noise x_0, at time t = 0, and moves along an ODE to t = 1;
+its velocity points from where it is to the token that the LM, shown x_t, now believes in. More steps, more thought.
+
+    tokens 0..k ──► main path: the frozen LM, run once per token ──► keys K_i, values V_i of every block, hidden state
+                                                   │                                                    │
+                                                   ▼                                                    ▼
+    x_t at k ──► rescale, MLP ──► f ──► blocks i: cross attention on K_i, V_i; MLP ──► f ──► hidden + (w(t) - w(0))·f
+      ▲                                   ▲ the LM's own weights + LoRA                                 │
+      │                                   │ shift, scale, gate                                          ▼
+      │                               time t, class g                               the LM's final norm and head
+      │                                                                                                 │
+      └────── x_t + h·(x̂ - x_t)/(1 - t) ◄────── x̂ = x_1(the believed token) ◄────────── logits ◄────────┘
+
+The diffusion token at position k stands for the **next** token, the one that the LM predicts at k. It sees the main path
+at positions 0..k and no other diffusion token. At t = 0 its weight w(t) - w(0) is zero: the LM answers, untouched.
+`steps` (the paper's T) counts the evaluations of the path for one token, the final one included; T = 1 is the LM itself.
+
+    paper           here                      shape      what it is
+    y               labels, targets           [M]        the token after position k, in 0..V-1
+    V_y (Eq. 5)     vocabulary.table()        [V, d]     every token's x_1: normalised to length sqrt(d)
+    x_0, x_t, x_1   x_0, x_t, x_1             [M, d]     noise, state at time t, token; always float32
+    sigma           config.sigma              scalar     standard deviation of the noise x_0
+    t               t                         [M, 1]     0 is noise, 1 is the token (or one float for all)
+    f               f                         [M, D]     hidden state of the path
+    g               class_ids                 [M]        class for guidance; the last one, number J, means "no class"
+    w_d(t)          output weight             [M, D]     how much of f is added to the LM's hidden state
+    T               config.steps              int        evaluations of the path per token
+
+Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads,
+d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
+"""
+
+import copy
+import math
+import os
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig,
+                          PreTrainedModel)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
+PATHS = ("lora", "full", "scratch")
+TIMESTEPS = ("uniform", "cosmap")
+VELOCITIES = ("argmax", "sample", "expectation")
+IGNORE = -100                                            # label of a position that is not learnt
+SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+         "intermediate_size")                            # what a base must share with the one the path was trained on
+
+
+# ---- Settings --------------------------------------------------------------------------------------------------------
+
+class L2DConfig(PretrainedConfig):
+    """Everything about a diffusion path: the first block is fixed by training, the second may change at any time.
+
+    base_model       hub name or folder of the frozen LM; text_config is that LM's own configuration
+    dim, cond_dim    d, the size of x_t, and C, the size of the conditioning vector
+    sigma            noise scale; sigma / sqrt(dim) decides how late in t the token shows through the noise
+    path             "lora", "full" (trained copies of the five layers) or "scratch" (copies, freshly initialised)
+    class_names      names of the J classes for guidance; empty for none. class_dropout: share trained without class
+    timesteps        how training draws t: "uniform" or "cosmap"
+
+    steps, solver    T, and "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive; T is then unused)
+    velocity         x̂ is x_1 of the most likely token ("argmax"), of a sampled one ("sample"), or the "expectation"
+    guidance   w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
+    atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token
+    """
+
+    model_type = "l2d"
+
+    def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32,
+                 lora_alpha=32.0, class_names=(), class_dropout=0.2, timesteps="uniform",
+                 steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_end=None, atol=3e-4, rtol=3e-4,
+                 max_evaluations=1000, **kwargs):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.base_model, self.text_config = base_model, text_config
+        self.dim, self.cond_dim, self.sigma = dim, cond_dim, sigma
+        self.path, self.lora_rank, self.lora_alpha = path, lora_rank, lora_alpha
+        self.class_names, self.class_dropout, self.timesteps = list(class_names), class_dropout, timesteps
+        self.steps, self.solver, self.velocity, self.guidance = steps, solver, velocity, guidance
+        self.t_end, self.atol, self.rtol, self.max_evaluations = t_end, atol, rtol, max_evaluations
+        super().__init__(**kwargs)
+
+    def check(self):
+        """Raise a ValueError that names the first setting with an impossible value, and the possible ones."""
+        for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol", "max_evaluations"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        if self.cond_dim % 2:
+            raise ValueError(f"cond_dim={self.cond_dim} must be even: half of the time features are sines, half cosines")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"class_dropout={self.class_dropout} must lie in [0, 1]")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance={self.guidance} must be 0 or more")
+        if self.guidance != 1 and not self.class_names:
+            raise ValueError(f"guidance={self.guidance} needs classes, and this model was trained without; use 1")
+        intervals(self.solver, self.steps)
+        end_time(self)
+
+    def get_text_config(self, *args, **kwargs):
+        """What `generate` sizes its cache by: the base, caching every key, since a sliding window is the mask's affair."""
+        if self.text_config is None:
+            return self
+        config = copy.copy(self.text_config)
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+        return config
+
+
+# ---- Numbers: precision and noise ------------------------------------------------------------------------------------
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input: [.., in] -> [.., out].
+
+    This is the whole of mixed precision here: trained parameters stay float32; what meets the LM's activations computes
+    in the LM's dtype (bfloat16 on a GPU); times, noise and conditioning are float32 inputs and so stay float32."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def mlp(n_in, n_hidden, n_out, init="xavier"):
+    """Linear, silu, linear: [.., n_in] -> [.., n_out], biases 0. Weights "xavier", "normal" (N(0, 0.02²)), or "zero":
+    xavier, then a last layer of zeros. Modulations that start at zero make the path start as the identity."""
+    net = nn.Sequential(Linear(n_in, n_hidden), nn.SiLU(), Linear(n_hidden, n_out))
+    for layer in (net[0], net[2]):
+        nn.init.normal_(layer.weight, std=0.02) if init == "normal" else nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if init == "zero":
+        nn.init.zeros_(net[2].weight)
+    return net
+
+
+def _mix(x):
+    """The mixing step of the splitmix64 generator on int64, elementwise: every input bit reaches every output bit."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+TIME, NOISE, DROP, TOKEN = 0, 1, 2, 3                    # independent streams of random numbers
+
+
+def uniform(seeds, positions, stream, n):
+    """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1).
+
+    A generator hands out numbers in the order of the calls, so that a row's noise would change with the batch it is in,
+    with the cache, and with how a batch is split. Hashing (seed, position, stream, index) gives the same row the same
+    noise always, and a resumed or distributed training run the same noise as an undisturbed one."""
+    key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
+    index = torch.arange(n, device=seeds.device) * -0x61C8864680B583EB
+    return ((_mix(key[:, None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
+
+
+def normal(seeds, positions, stream, n):
+    """Standard normal numbers, addressed like `uniform`: float32 [M, n]."""
+    return torch.erfinv(2 * uniform(seeds, positions, stream, n) - 1) * math.sqrt(2)
+
+
+# ---- LoRA, and its alternatives (Section 3.1, Table 8): the path's own version of one of the LM's linear layers ------
+
+class LoRALinear(nn.Module):
+    """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out].
+
+    The base layer is passed in at every call rather than kept, so its weights are shared and never stored twice.
+    A ~ N(0, 1/rank²) and B = 0: at first the path computes exactly what the LM's layer computes."""
+
+    def __init__(self, base, rank, alpha):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
+        self.scaling = alpha / rank
+
+    def forward(self, x, base):
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return base(x) + self.scaling * update
+
+
+class OwnLinear(Linear):
+    """A trained layer in the place of the LM's: its copy ("full"), or freshly initialised ("scratch")."""
+
+    def __init__(self, base, fresh, std):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.load_state_dict(base.state_dict())
+        if fresh:
+            nn.init.normal_(self.weight, std=std)
+            nn.init.zeros_(self.bias) if self.bias is not None else None
+
+    def forward(self, x, base):
+        return super().forward(x)
+
+
+def path_linear(base, config):
+    """The path's version of the linear layer `base`, as config.path says."""
+    if config.path == "lora":
+        return LoRALinear(base, config.lora_rank, config.lora_alpha)
+    return OwnLinear(base, config.path == "scratch", std=config.text_config.initializer_range)
+
+
+# ---- Conditioning on time and class (Section 3.2) --------------------------------------------------------------------
+
+def time_features(t, size):
+    """Cosines and sines of t at geometric frequencies 1 .. 1/10000: t float32 [M, 1] -> [M, size]. An MLP, `t_embedder`,
+    makes c(t) of them; with classes, c(t, g) = c(t) + G[g], where G has one more row than classes: the null class."""
+    frequencies = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
+    return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
+
+
+# ---- Tokens as points (Eq. 5), and how x_t enters the path -----------------------------------------------------------
+
+class DiffusionVocabulary(nn.Module):
+    """x_1(y) = sqrt(d)·z/|z| with z = W_v e_y + b_v: the LM's frozen embedding of y, projected onto a sphere.
+
+    The length sqrt(d) gives every coordinate variance 1, whatever W_v learns, so that sigma sets the signal-to-noise
+    ratio and training cannot cheat by growing the tokens. (The bias is the authors' release's; the paper has none.)"""
+
+    def __init__(self, embedding, dim):
+        super().__init__()
+        self.proj = Linear(embedding.embedding_dim, dim)
+        nn.init.xavier_uniform_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        self._cached = None
+
+    def forward(self, embeddings):                       # [.., D] -> [.., d]
+        z = self.proj(embeddings.float())
+        return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1, eps=1e-12)
+
+    @torch.no_grad()
+    def table(self, embedding):
+        """x_1 of the whole vocabulary: float32 [V, d]. Built once and kept until W_v or b_v change."""
+        key = [(p.data_ptr(), p._version, p.device) for p in self.parameters()]
+        if self._cached is None or self._cached[0] != key:
+            rows = embedding.weight.split(16384)         # in pieces: the embeddings of a 128k vocabulary in float32 are 1 GB
+            self._cached = key, torch.cat([self(part) for part in rows])
+        return self._cached[1]
+
+
+def rescale(x_t, t, sigma):
+    """x_t has variance (1 - t)²·sigma² + t² per coordinate; divide it away, so that the path always sees variance 1."""
+    return x_t / torch.sqrt((1 - t) ** 2 * sigma**2 + t**2)
+
+
+# ---- What the path sees of the main path -----------------------------------------------------------------------------
+
+@dataclass
+class Context:
+    """What one run of the main path leaves for M diffusion tokens: nothing here depends on x_t or t.
+
+    Diffusion tokens do not see each other, so they are a flat list of M queries, whichever rows and columns of the batch
+    they belong to. Only attention cares: it groups the queries of a row, N at most, to share that row's keys.
+    """
+    hidden: torch.Tensor                                 # [M, D] the LM's hidden state at each position, before its norm
+    normed: torch.Tensor                                 # [M, D] the same after the norm
+    cos: torch.Tensor                                    # [M, 1, D/H] rotary embedding of the position of the input token
+    sin: torch.Tensor
+    keys: list                                           # per block [B, H_kv, L, D/H]: the LM's, after RoPE
+    values: list
+    masks: list                                          # per block [B, 1, N, L] bool: what the row's n-th query may see
+    slots: torch.Tensor                                  # [M] row·N + n: where in that grouping each query stands
+    seeds: torch.Tensor                                  # [M] with the position: the address of the query's noise
+    positions: torch.Tensor                              # [M]
+    class_ids: torch.Tensor | None                       # [M]
+
+    def with_null(self, null):
+        """Every query twice, with its class and with the null class: two queries on the same keys and values."""
+        N, twice = self.masks[0].shape[2], lambda v: torch.cat([v, v])
+        slots = self.slots + self.slots // N * N         # a row now has 2N slots: the first copies keep n, the second add N
+        shared = {k: twice(getattr(self, k)) for k in ("hidden", "normed", "cos", "sin", "seeds", "positions")}
+        return replace(self, **shared, slots=torch.cat([slots, slots + N]), masks=[m.repeat(1, 1, 2, 1) for m in self.masks],
+                       class_ids=torch.cat([self.class_ids, torch.full_like(self.class_ids, null)]))
+
+    def attend(self, i, q, scale):
+        """Cross attention of the queries on the keys and values of block i: q [M, H, D/H] -> [M, H·D/H].
+
+        Heads that share keys (grouped-query attention) become further queries on them, so that keys are never repeated."""
+        keys, values, mask = self.keys[i], self.values[i], self.masks[i]
+        (B, H_kv, _, size), (M, H, _), N = keys.shape, q.shape, mask.shape[2]
+        G = H // H_kv
+        grouped = q.new_zeros(B * N, H * size).index_copy(0, self.slots, q.reshape(M, H * size))
+        grouped = grouped.view(B, N, H_kv, G, size).permute(0, 2, 3, 1, 4).reshape(B, H_kv, G * N, size)
+        out = F.scaled_dot_product_attention(grouped, keys, values, mask.repeat(1, 1, G, 1), scale=scale)
+        out = out.view(B, H_kv, G, N, size).permute(0, 3, 1, 2, 4).reshape(B * N, H * size)
+        return out.index_select(0, self.slots)
+
+
+def rotate(q, cos, sin):
+    """Rotary position embedding of q [M, H, D/H], with the base's own tables."""
+    left, right = q.chunk(2, dim=-1)
+    return q * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+# ---- A block of the diffusion path (Section 3.1, Fig. 2) -------------------------------------------------------------
+
+def modulate(x, norm, scale, shift):
+    """AdaRMSNorm: (gain + scale)·rms(x) + shift, in float32, back in x's dtype. [M, D] -> [M, D].
+
+    gain is the LM's own frozen norm weight. Note gain + scale, where DiT has gain·(1 + scale)."""
+    rms = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return ((norm.weight + scale) * rms + shift).to(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer of the LM, walked by the diffusion tokens: cross attention to the main path, then the MLP.
+
+    Only queries are computed here: keys and values are the main path's. Its five linear layers are the LM's with an
+    update. Scale, shift and gate of both halves come from the condition, through a head that starts at zero."""
+
+    def __init__(self, layer, config):
+        super().__init__()
+        self.adaLN_modulation = mlp(config.cond_dim, config.cond_dim, 6 * config.text_config.hidden_size, init="zero")
+        self.q_proj = path_linear(layer.self_attn.q_proj, config)
+        self.o_proj = path_linear(layer.self_attn.o_proj, config)
+        self.gate_proj = path_linear(layer.mlp.gate_proj, config)
+        self.up_proj = path_linear(layer.mlp.up_proj, config)
+        self.down_proj = path_linear(layer.mlp.down_proj, config)
+
+    def forward(self, f, condition, layer, context, i):  # f [M, D], condition [M or 1, C], layer: the LM's i-th
+        modulation = self.adaLN_modulation(condition.to(f.dtype))
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
+        n = modulate(f, layer.input_layernorm, scale_1, shift_1)
+        f = f + gate_1 * self.attention(n, layer.self_attn, context, i)
+        n = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)
+        return f + gate_2 * self.mlp(n, layer.mlp)
+
+    def attention(self, n, attn, context, i):            # [M, D] -> [M, D]
+        q = self.q_proj(n, attn.q_proj).unflatten(-1, (-1, attn.head_dim))
+        if hasattr(attn, "q_norm"):                      # Qwen3
+            q = attn.q_norm(q)
+        q = rotate(q, context.cos, context.sin)
+        return self.o_proj(context.attend(i, q, attn.scaling), attn.o_proj)
+
+    def mlp(self, n, mlp):                               # [M, D] -> [M, D]
+        gate = mlp.act_fn(self.gate_proj(n, mlp.gate_proj))
+        return self.down_proj(gate * self.up_proj(n, mlp.up_proj), mlp.down_proj)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Solvers (Algorithm 1, A.2). They know a velocity function, a state and times, and nothing of the model.
+#
+#     velocity(x, t, t_next) -> dx/dt          x, dx [M, d]; t a float or [M, 1]; t_next: the time that this evaluation
+#                                              leads to, by which a sampled velocity sets its temperature
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method: stage i is evaluated at t + c_i·h, at x + h·sum_j a_ij·k_j; the step is h·sum b_i·k_i.
+    `error` weighs the stages to the difference from a method of one order less, where there is one."""
+    order: int
+    c: tuple
+    a: tuple
+    b: tuple
+    error: tuple = ()
+
+    @property
+    def reusable(self):
+        """The last stage is the derivative at the new state, and so the next step's first ("first same as last")."""
+        return self.a[-1] == self.b[:-1] and self.b[-1] == 0
+
+
+TABLEAUS = {
+    "euler": Tableau(1, c=(0,), a=((),), b=(1,)),
+    "midpoint": Tableau(2, c=(0, 1/2), a=((), (1/2,)), b=(0, 1)),
+    "rk4": Tableau(4, c=(0, 1/2, 1/2, 1), a=((), (1/2,), (0, 1/2), (0, 0, 1)), b=(1/6, 1/3, 1/3, 1/6)),
+    "fehlberg2": Tableau(2, c=(0, 1/2, 1), a=((), (1/2,), (1/256, 255/256)), b=(1/512, 255/256, 1/512),
+                         error=(-1/512, 0, 1/512)),
+    "bosh3": Tableau(3, c=(0, 1/2, 3/4, 1), a=((), (1/2,), (0, 3/4), (2/9, 1/3, 4/9)), b=(2/9, 1/3, 4/9, 0),
+                     error=(-5/72, 1/12, 1/9, -1/8)),
+}
+
+
+def intervals(solver, steps):
+    """The number of steps a fixed solver takes with T = `steps` evaluations, of which the last is the answer's.
+
+    midpoint uses 2 a step, so T = 2n + 1; RK4 T = 4n + 1; Euler any. ValueError: a T that cannot be, with its neighbours."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
+    per_step = len(TABLEAUS[solver].c)
+    if TABLEAUS[solver].error or (steps - 1) % per_step == 0:
+        return (steps - 1) // per_step
+    below = steps - (steps - 1) % per_step
+    raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = {per_step}n + 1; "
+                     f"the nearest are {below} and {below + per_step}")
+
+
+def end_time(config):
+    """Where the integration stops. The velocity has 1 - t below the line, so a method that evaluates it at the end of
+    its steps (c = 1) must stop short: at 1 - 1/sigma as in A.2, but not before 0.95, which a small sigma would mean."""
+    touches_end = TABLEAUS[config.solver].c[-1] == 1
+    t_end = config.t_end
+    if t_end is None:
+        t_end = 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
+    if not 0 < t_end <= 1 or (touches_end and t_end == 1):
+        raise ValueError(f"t_end={t_end} is not possible with {config.solver}: it must be above 0 and "
+                         f"{'below' if touches_end else 'at most'} 1")
+    return t_end
+
+
+def _weighted(weights, ks):
+    return sum(w * k for w, k in zip(weights, ks) if w)
+
+
+def stages(velocity, x, t, h, tableau, first=None):
+    """The derivatives k_1 .. k_s of one step from (x, t) over h; `first` is k_1 where it is already known."""
+    c_next = (*tableau.c[1:], 1)
+    ks = [velocity(x, t, t + c_next[0] * h) if first is None else first]
+    for c, a, after in zip(tableau.c[1:], tableau.a[1:], c_next[1:]):
+        ks.append(velocity(x + h * _weighted(a, ks), t + c * h, t + after * h))
+    return ks
+
+
+def solve_fixed(velocity, x, t_end, n, tableau):
+    """x at t_end, from x at 0, in n equal steps."""
+    for i in range(n):
+        ks = stages(velocity, x, i / n * t_end, t_end / n, tableau)
+        x = x + t_end / n * _weighted(tableau.b, ks)
+    return x
+
+
+def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, first_step=0.05):
+    """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours.
+
+    A step is accepted where the error estimate, relative to the tolerance and averaged over the row (root mean square),
+    is at most 1; otherwise it is repeated, shorter. The next step aims at an error of 0.9: at most 10 times longer, never
+    shorter after success, at least a fifth after failure. Rows that have arrived wait for the others.
+
+    Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
+    t = x.new_zeros(len(x), 1)
+    h = torch.full_like(t, min(first_step, t_end))
+    k = velocity(x, 0.0, tableau.c[1] * h)
+    used = torch.ones_like(t)
+    cost = len(tableau.c) - tableau.reusable             # evaluations an accepted step needs, its successor's k_1 included
+    while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
+        h = torch.minimum(h, t_end - t)
+        ks = stages(velocity, x, t, h, tableau, first=k)
+        x_new = x + h * _weighted(tableau.b, ks)
+        tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
+        ratio = (h * _weighted(tableau.error, ks) / tolerance).pow(2).mean(-1, keepdim=True).sqrt()
+        accept = running & (ratio <= 1)
+        used += running * (len(tableau.c) - 1)
+        x = torch.where(accept, x_new, x)
+        t = torch.where(accept, torch.where(h < t_end - t, t + h, t_end), t)
+        growth = (0.9 * ratio ** (-1 / tableau.order)).clamp(max=10.0)
+        h = h * torch.maximum(growth, torch.where(accept, 1.0, 0.2))
+        if tableau.reusable:
+            k = torch.where(accept, ks[-1], k)
+        elif (moving := accept & (t < t_end)).any():     # the release reuses a stage that was taken beside the new state
+            k = torch.where(moving, velocity(x, t, t + tableau.c[1] * h), k)
+            used += moving
+    return x, t, used[:, 0].long()
+
+
+# ---- The model: main path, diffusion path, and their sum (Eq. 6) -----------------------------------------------------
+
+class L2D(PreTrainedModel, GenerationMixin):
+    """A frozen causal LM with a diffusion path. To `generate`, pipelines and evaluation harnesses it is a causal LM, whose
+    logits come after config.steps evaluations of the path.
+
+    base: any `AutoModelForCausalLM` of a supported architecture; it is frozen, shared and never changed.
+    Path parameters are float32, on the base's device. ValueError: an unsupported base, or an impossible configuration."""
+
+    config_class = L2DConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config, base):
+        if base.config.model_type not in SUPPORTED:
+            raise ValueError(f"{base.config.model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
+        config.text_config = config.text_config or base.config
+        config.check()
+        check_same_base(config, base.config)
+        super().__init__(config)
+        self.base = base.requires_grad_(False).eval()
+        self.generation_config = copy.deepcopy(base.generation_config)
+        self.evaluations = None                          # [M] path evaluations of each position in the last forward
+        D, d, C = base.config.hidden_size, config.dim, config.cond_dim
+        with base.device:
+            self.vocabulary = DiffusionVocabulary(base.get_input_embeddings(), d)
+            self.x_embedder = mlp(d, C, D)
+            self.t_embedder = mlp(C, C, C, init="normal")
+            if config.class_names:
+                self.class_embedder = nn.Embedding(len(config.class_names) + 1, C)
+                nn.init.normal_(self.class_embedder.weight, std=0.02)
+            self.blocks = nn.ModuleList(Block(layer, config) for layer in base.model.layers)
+            self.output_weight = mlp(C, C, D, init="zero")
+        self.post_init()
+
+    def init_weights(self):
+        """Nothing to do: the path's modules initialise themselves, and the base must not be touched."""
+
+    def train(self, mode=True):
+        """Training mode is the path's; the base stays in evaluation mode (it has no dropout to switch on)."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def path_parameters(self):
+        """The trained parameters by name: all but the base's. What is trained is what is saved."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+
+    # -- the main path ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+             inputs_embeds=None, class_ids=None, seeds=None):
+        """Run the frozen LM over the tokens once, and collect what the path needs at the positions `keep` [B, S] (bool).
+
+        past_key_values grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
+        noise of a row, drawn from torch's generator if None. Returns a Context of M = keep.sum() queries."""
+        B, S = keep.shape
+        past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # a static cache's own counter
+        if position_ids is None:
+            position_ids = (past + torch.arange(S, device=keep.device))[None]
+        position_ids = position_ids.expand(B, S)
+        before_norm = []
+        with self.base.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0])):
+            normed = self.base.model(
+                input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
+                position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
+        cos, sin = self.base.model.rotary_emb(normed, position_ids)
+        rows, columns = keep.nonzero(as_tuple=True)
+        layers = past_key_values.layers
+        masks, slots = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
+        if seeds is None:
+            seeds = torch.randint(2**62, (B,), device=keep.device)
+        return Context(
+            hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
+            sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers],
+            masks=masks, slots=slots, seeds=seeds[rows], positions=position_ids[rows, columns],
+            class_ids=self.check_classes(class_ids, B, keep.device)[rows] if self.config.class_names else None)
+
+    def visible(self, keep, past, length, attention_mask):
+        """The rule of sight: the query at position k sees keys 0..k, k included, that are no padding (and, with a
+        sliding window, are among the last `window`). Returns a mask [B, 1, N, L] per block, and the queries' slots [M]."""
+        B, N = len(keep), int(keep.sum(1).max())
+        rows, columns = keep.nonzero(as_tuple=True)
+        slots = rows * N + (keep.cumsum(1) - 1)[keep]
+        column = (past + columns).new_zeros(B * N).index_copy(0, slots, past + columns).view(B, 1, N, 1)
+        key = torch.arange(length, device=keep.device)
+        see = key <= column
+        if attention_mask is not None:
+            see = see & F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
+        see = see | (key == column)                      # a query on padding sees itself: unused, but finite
+        masks = {window: see & (key > column - window) if window else see for window in set(self.windows())}
+        return [masks[window] for window in self.windows()], slots
+
+    def windows(self):
+        """Each block's sliding window, or None where it sees everything."""
+        config = self.base.config
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        return [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in types]
+
+    def check_classes(self, class_ids, B, device):
+        """class_ids as int64 [B], the null class where None is given. ValueError: a number that names no class."""
+        J = len(self.config.class_names)
+        if class_ids is None:
+            return torch.full((B,), J, device=device)
+        class_ids = torch.as_tensor(class_ids, device=device).expand(B)
+        if not J or class_ids.min() < 0 or class_ids.max() > J:
+            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{J} ({J} means no class); the classes are "
+                             f"{', '.join(self.config.class_names) or 'none: this model was trained without'}")
+        return class_ids
+
+    # -- the diffusion path -----------------------------------------------------------------------------------------
+
+    def condition(self, t, class_ids):
+        """c(t, g) = c(t) + G[g], float32 [M, C], or [1, C] where t is one for all and there are no classes."""
+        c = self.t_embedder(time_features(t, self.config.cond_dim))
+        return c if class_ids is None else c + self.class_embedder(class_ids)
+
+    def path(self, x_t, t, context):
+        """One evaluation of the path: x_t [M, d] and t (a float, or [M, 1]) -> hidden state [M, D] before the final norm.
+
+        hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class."""
+        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
+        c = self.condition(t, context.class_ids)
+        f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
+        for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
+            f = block(f, c, layer, context, i)
+        weight = self.output_weight(c) - self.output_weight(self.condition(torch.zeros_like(t), context.class_ids))
+        return (context.hidden + weight * f).to(f.dtype)
+
+    def logits(self, x_t, t, context):
+        """The LM's next-token logits after looking at x_t: [M, V]."""
+        return self.base.lm_head(self.base.model.norm(self.path(x_t, t, context)))
+
+    # -- training (Section 2.2, Eq. 3) ------------------------------------------------------------------------------
+
+    def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None, class_ids=None, seeds=None):
+        """The cross entropy of every labelled token at a random time of its own (Eq. 3), float32.
+
+        labels [B, S]: labels[:, k + 1] is the token that position k shall predict, -100 for none, as in any causal LM.
+        Only positions with a label pass through the path. Returns losses [M] and times t [M], row by row.
+        ValueError: no label at all."""
+        keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))
+        if not keep.any():
+            raise ValueError(f"every label after the first position is {IGNORE}: there is nothing to learn from this batch")
+        context = self.read(keep, input_ids, attention_mask, position_ids, DynamicCache(), None, class_ids, seeds)
+        targets = labels[:, 1:][keep[:, :-1]]
+        draw = lambda stream: uniform(context.seeds, context.positions, stream, 1)
+        if context.class_ids is not None:                # so that one path learns both velocities of Eq. 7
+            dropped = draw(DROP)[:, 0] < self.config.class_dropout
+            context.class_ids = context.class_ids.masked_fill(dropped, len(self.config.class_names))
+        t = draw(TIME)
+        if self.config.timesteps == "cosmap":
+            t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
+        x_1 = self.vocabulary(self.base.get_input_embeddings()(targets))          # not detached: the loss trains W_v too
+        x_t = (1 - t) * self.noise(context) + t * x_1
+        return self.cross_entropy(self.path(x_t, t, context), targets), t[:, 0]
+
+    def noise(self, context):
+        """x_0 = sigma·eps of every query: float32 [M, d]."""
+        return self.config.sigma * normal(context.seeds, context.positions, NOISE, self.config.dim)
+
+    def cross_entropy(self, hidden, targets, chunk=1024):
+        """-log p(target) from hidden states [M, D] -> [M], without ever holding M x V logits: one chunk of positions at a
+        time passes through the head, and again in the backward pass."""
+        def losses(h, y):
+            return F.cross_entropy(self.base.lm_head(self.base.model.norm(h)).float(), y, reduction="none")
+        return torch.cat([checkpoint(losses, h, y, use_reentrant=False)
+                          for h, y in zip(hidden.split(chunk), targets.split(chunk))])
+
+    # -- velocity and guidance (Section 2.3, Eq. 4, 7, 8) -----------------------------------------------------------
+
+    def estimate(self, logits, t, t_next, context):
+        """x̂, where the path now believes the token to be: logits [M, V] -> float32 [M, d]."""
+        table = self.vocabulary.table(self.base.get_input_embeddings())
+        if self.config.velocity == "expectation":
+            return logits.float().softmax(-1) @ table
+        if self.config.velocity == "sample":             # Gumbel noise turns argmax into a draw from softmax(logits / tau)
+            tau = torch.as_tensor(1 - t_next, device=logits.device).clamp(min=0)      # annealed: the last is greedy
+            time = torch.as_tensor(t, dtype=torch.float32, device=logits.device).expand(len(logits), 1)[:, 0]
+            stream = TOKEN + 4 * time.view(torch.int32).long()       # a new draw at every t, the same at the same t
+            gumbel = -torch.log(-torch.log(uniform(context.seeds, context.positions, stream, logits.shape[-1])))
+            logits = logits.float() + tau * gumbel
+        return table[logits.argmax(-1)]
+
+    def velocity(self, x_t, t, t_next, context, observe=None):
+        """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
+
+        With guidance, Eq. 7, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null). Both velocities start
+        at the same x_t, so it is enough to mix their x̂. At t = 0 the path has no weight: the LM's logits are at hand."""
+        w, copies = self.config.guidance, len(context.hidden) // len(x_t)
+        each = lambda v: v.repeat(copies, 1) if torch.is_tensor(v) else v
+        at_start = isinstance(t, float) and t == 0
+        logits = self.base.lm_head(context.normed) if at_start else self.logits(each(x_t), each(t), context)
+        if observe:
+            observe(x_t, t, logits[:len(x_t)])
+        x_hat = self.estimate(logits, each(t), each(t_next), context)
+        if copies == 2:
+            x_hat = w * x_hat[:len(x_t)] + (1 - w) * x_hat[len(x_t):]
+        return (x_hat - x_t) / (1 - t)
+
+    # -- Algorithm 1: from noise to the next token's logits ---------------------------------------------------------
+
+    @torch.no_grad()
+    def diffuse(self, context, steps=None, observe=None):
+        """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
+
+        The state moves from x_0 to t_end; the answer is one more evaluation there, with the class, without guidance.
+        observe(x_t, t, logits) is called at every evaluation. ValueError: a `steps` that the solver cannot do."""
+        config, null = self.config, len(self.config.class_names)
+        steps = config.steps if steps is None else steps
+        n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
+        M = len(context.hidden)
+        x_0 = self.noise(context)
+        if steps == 1:
+            logits = self.base.lm_head(context.normed)
+            if observe:
+                observe(x_0, 0.0, logits)
+            return logits, torch.ones_like(context.slots)
+        queries = context
+        if config.guidance == 0:
+            queries = replace(context, class_ids=torch.full_like(context.class_ids, null))
+        elif config.guidance != 1:
+            queries = context.with_null(null)
+        velocity = partial(self.velocity, context=queries, observe=observe)
+        if tableau.error:
+            x, t, used = solve_adaptive(velocity, x_0, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
+        else:
+            x, t = solve_fixed(velocity, x_0, t_end, n, tableau), t_end
+            used = torch.full((M,), n * len(tableau.c), device=x.device)
+        logits = self.logits(x, t, context)
+        if observe:
+            observe(x, t, logits)
+        return logits, used + 1
+
+    # -- a causal LM to the rest of the world -----------------------------------------------------------------------
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None, seeds=None,
+                num_items_in_batch=None, return_dict=True):
+        """With labels [B, S]: the training loss, averaged over labelled tokens (or divided by num_items_in_batch).
+        Without: the next-token logits [B, N, V] after `steps` evaluations at every kept position, all in parallel.
+
+        input_ids [B, S] int64; attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
+        all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B], see `read`.
+        Returns a CausalLMOutputWithPast. ValueError: bad steps, class or mask, or a cache that forgets keys."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; give one [batch, past + length] of 0 and 1")
+        if class_ids is not None:
+            class_ids = self.check_classes(class_ids, len(tokens), tokens.device)
+        if labels is not None:
+            losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids, class_ids, seeds)
+            return CausalLMOutputWithPast(loss=losses.sum() / (num_items_in_batch or len(losses)))
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            raise ValueError("past_key_values drops keys outside a sliding window, and the path needs them; pass DynamicCache()")
+        keep = self.kept(tokens, logits_to_keep)
+        context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds, class_ids, seeds)
+        logits, self.evaluations = self.diffuse(context, steps)
+        if keep is not logits_to_keep:
+            logits = logits.view(len(tokens), -1, logits.shape[-1])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache is not False else None)
+
+    @staticmethod
+    def kept(tokens, logits_to_keep):
+        """logits_to_keep as a bool mask [B, S]."""
+        if torch.is_tensor(logits_to_keep) and logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
+            return logits_to_keep
+        keep = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        keep[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep] = True
+        return keep
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """`generate` would build 4D masks for a static cache here; the base builds its own from the plain one."""
+        return attention_mask
+
+    def trace(self, input_ids, steps=None, class_ids=None, seeds=None):
+        """One token's diffusion, for teaching: input_ids [1, S] -> a list with a dict per evaluation, for the token after S:
+        t, the most likely token, its probability, and how far x_t has moved since the evaluation before."""
+        rows, last = [], None
+        def observe(x, t, logits):
+            nonlocal last
+            probability, token = logits[0].float().softmax(-1).max(-1)
+            moved = 0.0 if last is None else (x - last).norm().item()
+            rows.append({"t": float(t), "token": token.item(), "probability": probability.item(), "moved": moved})
+            last = x
+        keep = self.kept(input_ids, 1)
+        context = self.read(keep, input_ids, past_key_values=DynamicCache(), class_ids=class_ids, seeds=seeds)
+        self.diffuse(context, steps, observe)
+        return rows
+
+    # -- saving and loading -----------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Write the path's parameters (safetensors) and the configuration that names the base; never the base itself.
+        The name of a base in a local folder is written relative to save_directory, so both can be moved together."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; name a folder to save into")
+        base_model = self.config.base_model
+        if os.path.isdir(base_model):
+            self.config.base_model = os.path.relpath(base_model, save_directory)
+        try:
+            super().save_pretrained(save_directory, state_dict=self.path_parameters(), **kwargs)
+        finally:
+            self.config.base_model = base_model
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
+        """Load a trained path, and its base with it (unless given): a folder or a hub name -> L2D in evaluation mode.
+
+        Arguments that name settings change them (steps=127); the rest (dtype, device_map, attn_implementation, ...) goes
+        to the base. ValueError: a base of other sizes, or tensors that do not fit; OSError: nothing there."""
+        hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
+        config = config or L2DConfig.from_pretrained(name_or_path, **hub)
+        for key in [k for k in kwargs if k in config.to_dict() and k != "dtype"]:
+            setattr(config, key, kwargs.pop(key))
+        moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
+        config.base_model = moved if os.path.isdir(moved) else config.base_model
+        if base is None:
+            base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
+        model = cls(config, base)
+        model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
+        return model.eval()
+
+    @torch.no_grad()
+    def load_path(self, tensors):
+        """Copy tensors (name -> tensor) into the path. ValueError: names every tensor missing, unknown or misshapen."""
+        own = self.path_parameters()
+        wrong = [f"{name} is missing" for name in own if name not in tensors]
+        wrong += [f"{name} is unknown" for name in tensors if name not in own]
+        wrong += [f"{name} is {list(tensors[name].shape)}, not {list(p.shape)}" for name, p in own.items()
+                  if name in tensors and tensors[name].shape != p.shape]
+        if wrong:
+            raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+
+def check_same_base(config, base_config):
+    """ValueError, with both values, where `base_config` differs in size from the base that the path belongs to."""
+    for key in SIZES:
+        ours, theirs = getattr(config.text_config, key), getattr(base_config, key)
+        if ours != theirs:
+            raise ValueError(f"this path belongs to a base with {key}={ours}, but the base given has {key}={theirs}; "
+                             f"load it onto {config.base_model or 'its own base'}")
+
+
+AutoConfig.register("l2d", L2DConfig)
+AutoModelForCausalLM.register(L2DConfig, L2D)
