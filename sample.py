@@ -1,0 +1,142 @@
+"""Answer questions with a trained L2D, token by token.
+
+    python sample.py --steps 127                          the last trained model, on its own example questions
+    python sample.py --prompt "347*6" --trace             one question, and a table of the diffusion of its first token
+    python sample.py --out out/my-run --interactive       a chat; an empty line or Ctrl-D ends it
+    python sample.py --guidance 1.5 --label math          with classifier-free guidance, for a model trained with classes
+
+--steps is the number of evaluations of the diffusion path per token, the paper's T; 1 is the base model itself.
+The same seed gives a question the same answer, alone or among others.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, LogitsProcessor, TextStreamer, logging
+
+from experiments.chats import render
+from l2d import L2D, TABLEAUS, TOKEN, uniform
+from train import last_run
+
+EXAMPLES = ["What is 17 times 23?", "Write a Python function that reverses a string.", "Why is the sky blue?"]
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="folder or hub name of the trained model (default: the last one in out/)")
+    parser.add_argument("--prompt", action="append", help="a question of your own; may be given several times")
+    parser.add_argument("--interactive", action="store_true", help="chat")
+    parser.add_argument("--steps", type=int, default=15, help="evaluations per token, T (default: %(default)s)")
+    parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own number of steps")
+    parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="guidance scale, 0 or more (default: 1, none)")
+    parser.add_argument("--label", help="class of the questions, for a model trained with classes")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the last choice; 0 is greedy (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--trace", action="store_true", help="show how the first token came about")
+    return parser.parse_args()
+
+
+class Sampler(LogitsProcessor):
+    """Turns `generate`'s argmax into sampling with the row's own random numbers: argmax(logits / temperature + Gumbel noise)
+    is a draw from the softmax. Also counts the evaluations of each token."""
+
+    def __init__(self, model, temperature, seeds):
+        self.model, self.temperature, self.seeds, self.evaluations = model, temperature, seeds, []
+
+    def __call__(self, input_ids, scores):
+        self.evaluations.append(self.model.evaluations)
+        if self.temperature == 0:
+            return scores
+        positions = torch.full_like(self.seeds, len(self.evaluations))
+        gumbel = -torch.log(-torch.log(uniform(self.seeds, positions, TOKEN, scores.shape[-1])))
+        return scores.float() / self.temperature + gumbel
+
+
+def answer(model, tokenizer, messages, args, number):
+    """Stream the answer to a chat; returns its text and the evaluations of each of its tokens. `number` is the question's own,
+    so that its noise does not depend on which others are asked."""
+    inputs = tokenizer(render(tokenizer, messages), return_tensors="pt", add_special_tokens=False).to(model.device)
+    seeds = torch.tensor([args.seed * 1_000_003 + number], device=model.device)
+    classes = torch.tensor([args.class_id], device=model.device) if args.class_id is not None else None
+    if args.trace:
+        print_trace(model.trace(inputs["input_ids"], class_ids=classes, seeds=seeds), tokenizer)
+    sampler = Sampler(model, args.temperature, seeds)
+    ids = model.generate(**inputs, seeds=seeds, class_ids=classes, do_sample=False, logits_processor=[sampler],
+                         max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return text, torch.cat(sampler.evaluations).tolist()
+
+
+def print_trace(rows, tokenizer):
+    """One line per evaluation: the time, the token the model then believes in, how firmly, and how far x_t has moved."""
+    print(f"{'T':>4} {'t':>6}  {'most likely':<16}{'probability':>12}{'moved':>9}")
+    for n, row in enumerate(rows, start=1):
+        token = repr(tokenizer.decode([row["token"]]))
+        print(f"{n:4d} {row['t']:6.3f}  {token:<16}{row['probability']:12.3f}{row['moved']:9.2f}")
+
+
+def example_questions(model):
+    """(question, label, answer) triples of the tiny model; for other models a few questions without either."""
+    test = Path(model.config.base_model) / "test.jsonl"
+    if not test.exists():
+        return [(question, None, None) for question in EXAMPLES]
+    rows = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()[:9]]
+    return [(row["messages"][0]["content"], row["label"], row["messages"][1]["content"]) for row in rows]
+
+
+def load(args):
+    """(model, tokenizer) of --out, with the settings of the command line."""
+    folder = args.out or last_run("model.safetensors")
+    model = L2D.from_pretrained(folder, steps=args.steps, solver=args.solver, guidance=args.guidance)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    names = model.config.class_names
+    if args.label is not None and args.label not in names:
+        raise ValueError(f"label {args.label!r} is unknown; this model knows {', '.join(names) or 'no classes'}")
+    args.class_id = None if args.label is None else names.index(args.label)
+    return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def chat(model, tokenizer, args):
+    """Read questions from the terminal until an empty line. Returns the evaluations of all tokens."""
+    messages, used = [], []
+    while question := input("> ").strip():
+        messages.append({"role": "user", "content": question})
+        text, evaluations = answer(model, tokenizer, messages, args, len(messages))
+        messages.append({"role": "assistant", "content": text})
+        used += evaluations
+    return used
+
+
+def main():
+    args = parse_args()
+    model, tokenizer = load(args)
+    used, start = [], time.perf_counter()
+    try:
+        if args.interactive:
+            used += chat(model, tokenizer, args)
+        else:
+            questions = [(p, None, None) for p in args.prompt] if args.prompt else example_questions(model)
+            for number, (question, label, right) in enumerate(questions):
+                print(f"> {question}" + (f"    (right: {right})" if right else ""))
+                used += answer(model, tokenizer, [{"role": "user", "content": question}], args, number)[1]
+    except (KeyboardInterrupt, EOFError):
+        print()
+    seconds = time.perf_counter() - start
+    if used:
+        print(f"T = {args.steps}, {args.solver}: {sum(used) / len(used):.1f} evaluations per token ({min(used)} to {max(used)}), "
+              f"{len(used)} tokens, {len(used) / seconds:.1f} tokens/s on {model.device.type}")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    try:
+        main()
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"sample.py: error: {error}")

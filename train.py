@@ -1,0 +1,296 @@
+"""Train the diffusion path of L2D on chats.
+
+    python train.py                                              a tiny model and questions made on the spot, on two CPU cores
+    python train.py --model meta-llama/Llama-3.2-1B-Instruct     the paper's recipe, on its five subsets of SmolTalk
+    python train.py --model Qwen/Qwen2.5-1.5B-Instruct --data chats.jsonl --max-length 1024 --micro-batch-size 2
+    python train.py --resume                                     continue the last run after a crash or Ctrl-C
+
+--data takes a .jsonl file, or a hub data set as NAME, NAME:SUBSET or NAME:SUBSET:SPLIT. A row holds either
+{"messages": [{"role": .., "content": ..}, ..]} or a question and an answer ({"prompt": .., "response": ..}, or the names
+question, instruction / answer, completion, output). Every assistant turn is one example: all before it is context, it alone
+is learnt. The output folder holds the trained path (load it with L2D.from_pretrained), the tokenizer, log.jsonl (a line
+per step) and checkpoint.safetensors, from which --resume continues to the very same result.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+from experiments.chats import load_data, permutation
+from l2d import IGNORE, L2D, L2DConfig
+
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16 FLOP/s, data sheets
+
+OPTIONS = {                                              # name: (default, default of the tiny model, help)
+    "model and data": {
+        "model": (None, None, "base model: a hub name or a folder; without it, a tiny one is made on the spot"),
+        "data": ("smoltalk", "made on the spot", ".jsonl file or hub data set; smoltalk is the paper's selection"),
+        "label_column": (None, "label", "column that names a row's class: trains classes, for guidance"),
+        "max_length": (2048, 64, "drop examples of more tokens"),
+        "validation": (512, 512, "examples held out (at most a tenth; from SmolTalk's own test split)"),
+        "out": (None, None, "output folder (default: out/NAME, or out/NAME-2, ...: nothing is overwritten)")},
+    "diffusion path": {
+        "sigma": (64.0, 3.0, "noise scale"),
+        "dim": (256, 64, "size of the diffusion state"),
+        "cond_dim": (256, 64, "size of the conditioning vector"),
+        "path": ("lora", "lora", "lora, full (trained copies of the layers) or scratch (the same, freshly initialised)"),
+        "lora_rank": (32, 32, "rank of the updates"),
+        "lora_alpha": (32.0, 32.0, "their scale, times the rank"),
+        "timesteps": ("uniform", "uniform", "how t is drawn: uniform or cosmap"),
+        "class_dropout": (0.2, 0.2, "share of positions trained without their class")},
+    "optimisation (Table 3)": {
+        "max_steps": (None, 1000, "updates (default: as many as --epochs makes)"),
+        "epochs": (1.0, 1.0, "passes over the data, where --max-steps is not given"),
+        "batch_size": (32, 128, "examples per update"),
+        "micro_batch_size": (4, 128, "examples per forward pass: lower it when memory runs out"),
+        "lr": (1e-4, 2e-3, "peak learning rate"),
+        "min_lr": (1e-6, 1e-5, "learning rate at the end of the linear decay"),
+        "warmup_steps": (100, 50, "updates of linear warm-up"),
+        "weight_decay": (0.01, 0.01, "of AdamW, on matrices only"),
+        "beta1": (0.9, 0.9, "of AdamW"), "beta2": (0.95, 0.95, "of AdamW"), "eps": (1e-8, 1e-8, "of AdamW"),
+        "clip": (1.0, 1.0, "largest norm of the gradient"),
+        "seed": (0, 0, "of the initial parameters, the order of the data and the noise")},
+    "running": {
+        "device": (None, None, "cuda, mps or cpu (default: the first there is)"),
+        "dtype": (None, None, "of the frozen base: bfloat16 or float32 (default: bfloat16 on cuda)"),
+        "eval_every": (1000, 250, "steps between validations"),
+        "save_every": (500, 250, "steps between checkpoints")}}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for name, (real, tiny, text) in options.items():
+            shown = "" if real is tiny is None else f" (default: {real}; tiny: {tiny})"
+            kind = int if name == "max_steps" else str if real is None else type(real)
+            group.add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown, default=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out (default: the last one)")
+    given = vars(parser.parse_args())
+    args = {k: row["model" not in given] for group in OPTIONS.values() for k, row in group.items()}
+    if given["resume"]:                                  # with the run's own options: else the result would be neither run's
+        args["out"] = given.get("out") or str(last_run("args.json"))
+        args |= json.loads((Path(args["out"]) / "args.json").read_text(encoding="utf-8")) | {"out": args["out"]}
+        for k in given.keys() - {"device", "micro_batch_size", "resume", "out"}:
+            if given[k] != args[k]:
+                parser.error(f"the run has {k}={args[k]}, so --resume cannot have {given[k]}; leave it out or start anew")
+    args |= given
+    for k in ("batch_size", "micro_batch_size", "max_length", "max_steps", "eval_every", "save_every", "epochs", "lr", "clip"):
+        if args[k] is not None and not args[k] > 0:
+            parser.error(f"--{k.replace('_', '-')} {args[k]} must be above 0")
+    return argparse.Namespace(**args)
+
+
+def last_run(filename):
+    """The folder in out/ whose `filename` was written last."""
+    found = sorted(Path("out").glob(f"*/{filename}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise OSError("there is no run in out/ yet: start one with `python train.py`, or name a folder with --out")
+    return found[-1].parent
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+def micro_batches(batch, args, pad, model):
+    """A batch of (example, seed of its noise) in pieces of --micro-batch-size, as the model's inputs, padded on the right."""
+    names = model.config.class_names
+    for i in range(0, len(batch), args.micro_batch_size):
+        part, seeds = zip(*batch[i:i + args.micro_batch_size])
+        ids = torch.full((len(part), max(len(e["input_ids"]) for e in part)), pad)
+        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+        for row, e in enumerate(part):
+            n = len(e["input_ids"])
+            ids[row, :n], mask[row, :n] = torch.tensor(e["input_ids"]), 1
+            labels[row, e["answer"]:n] = ids[row, e["answer"]:n]
+        inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask, "seeds": torch.tensor(seeds)}
+        if names:                                        # a row with another label, or none, gets the null class
+            inputs["class_ids"] = torch.tensor([names.index(e["label"]) if e["label"] in names else len(names) for e in part])
+        yield {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def update(step, model, optimizer, data, args, pad):
+    """One update by the mean loss over all answer tokens of the batch. Returns its line in the log. Examples and noise follow
+    from (seed, step) alone: that is all a resumed run has to know, and neither depends on how the batch is split."""
+    batch = []
+    for place in range(step * args.batch_size, (step + 1) * args.batch_size):
+        epoch, i = divmod(place, len(data))
+        batch.append((data[permutation(len(data), args.seed + 7919 * epoch)[i]], (args.seed << 40) + place))
+    batch.sort(key=lambda pair: len(pair[0]["input_ids"]))
+    answers = sum(len(e["input_ids"]) - e["answer"] for e, _ in batch)
+    total = torch.zeros((), device=model.device)
+    for inputs in micro_batches(batch, args, pad, model):
+        loss = model(**inputs, num_items_in_batch=answers).loss
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.path_parameters().values(), args.clip)
+    if not (torch.isfinite(total) and torch.isfinite(norm)):
+        raise RuntimeError(f"loss {total.item()}, gradient norm {norm.item()} at step {step + 1}: start anew with a lower --lr")
+    lr = learning_rate(step, args)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    tokens = sum(len(e["input_ids"]) for e, _ in batch)
+    return {"step": step + 1, "loss": total.item(), "lr": lr, "grad_norm": norm.item(), "tokens": tokens, "answers": answers}
+
+
+def learning_rate(step, args):
+    """Linear warm-up to --lr, then linear decay to --min-lr at the last step."""
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
+    return args.lr + done * (args.min_lr - args.lr)
+
+
+@torch.no_grad()
+def validate(model, data, args, pad):
+    """Loss in five bands of t, and teacher-forced accuracy (is the most likely token the right one?) at T = 1 and T = 15."""
+    losses, times, right = [], [], {1: [], 15: []}
+    model.eval()
+    for inputs in micro_batches([(e, i) for i, e in enumerate(data)], args, pad, model):
+        for found, value in zip((losses, times), model.token_losses(**inputs)):
+            found.append(value)
+        labels = inputs.pop("labels")[:, 1:]
+        keep = torch.nn.functional.pad(labels != IGNORE, (0, 1))
+        for T in right:
+            answer = model(**inputs, steps=T, logits_to_keep=keep).logits.argmax(-1)
+            right[T].append((answer == labels[labels != IGNORE]).float())
+    model.train()
+    losses, bands = torch.cat(losses), (torch.cat(times) * 5).long()
+    result = {"val_loss": losses.mean().item()}
+    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5)}
+    return result | {f"accuracy_T{T}": torch.cat(hits).mean().item() for T, hits in right.items()}
+
+
+def save_checkpoint(step, model, optimizer, args):
+    """Everything that continues the run after `step` updates, in one file that is moved into place when it is whole."""
+    tensors = {"step": torch.tensor(step)}
+    for name, p in model.path_parameters().items():
+        tensors |= {f"{key}.{name}": value for key, value in [("path", p.detach()), *optimizer.state[p].items()]}
+    making = Path(args.out) / "checkpoint.making"
+    save_file(tensors, making)
+    with open(making, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(making, Path(args.out) / "checkpoint.safetensors")
+
+
+def load_checkpoint(model, optimizer, args):
+    """Put the last checkpoint, if there is one, into model and optimizer. Returns the number of updates done."""
+    file = Path(args.out) / "checkpoint.safetensors"
+    tensors = load_file(file, device=str(model.device)) if file.exists() else {"step": torch.tensor(0)}
+    step = int(tensors.pop("step"))
+    if step:
+        model.load_path({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("path.")})
+        for name, p in model.path_parameters().items():
+            optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    return step
+
+
+def build(args):
+    """(model, tokenizer, training examples, validation examples); fills in what args leave open."""
+    if args.model is None:
+        from experiments.tiny import prepare
+        args.model = str(prepare(seed=args.seed))
+        if args.data == "made on the spot":
+            args.data = os.path.join(args.model, "train.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"the tokenizer of {args.model} has no chat template; use an instruction-tuned model, or set one")
+    train, held_out = load_data(args.data, tokenizer, args.max_length, args.label_column, args.validation)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
+    labels = sorted({e["label"] for e in train if e["label"] is not None}) if args.label_column else []
+    torch.manual_seed(args.seed)
+    keys = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps", "class_dropout")
+    model = L2D(L2DConfig(base_model=args.model, class_names=labels, **{k: getattr(args, k) for k in keys}), base).train()
+    args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
+    name = os.path.basename(os.path.normpath(args.model)) + "-l2d"
+    args.out = args.out or next(f"out/{name}{n}" for n in ("", *range(2, 10_000)) if not os.path.exists(f"out/{name}{n}"))
+    if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
+        raise ValueError(f"{args.out} already holds a run: continue it with --resume, or give another --out")
+    return model, tokenizer, train, held_out
+
+
+def open_log(file, step):
+    """The log, without lines of updates that a kill has undone."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step), encoding="utf-8")
+    return open(file, "a", encoding="utf-8", buffering=1)
+
+
+def flops(model, line):
+    """Floating-point operations that an update cannot do without: the main path forward on all tokens; path and head forward
+    and backward (for the activations alone: the weights are frozen) on answer tokens; 2 per weight and token."""
+    body = sum(p.numel() for p in model.base.model.layers.parameters())
+    head = model.base.lm_head.weight.numel()
+    trained = sum(p.numel() for p in model.path_parameters().values())
+    return 2 * body * line["tokens"] + (4 * (body + head) + 6 * trained) * line["answers"]
+
+
+def report(line, seconds, model, args):
+    """What the progress bar shows of an update."""
+    shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.1e}", "tok/s": f"{line['tokens'] / seconds:,.0f}"}
+    if args.device.startswith("cuda"):
+        peak = [value for name, value in PEAK.items() if name in torch.cuda.get_device_name(args.device)]
+        if peak:
+            shown["peak"] = f"{flops(model, line) / seconds / peak[0]:.0%}"
+        shown["GB"] = f"{torch.cuda.max_memory_allocated(args.device) / 1e9:.1f}"
+    return shown
+
+
+def train(args):
+    model, tokenizer, data, held_out = build(args)
+    named, out = model.path_parameters().values(), Path(args.out)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in named if p.dim() >= 2], "weight_decay": args.weight_decay},
+         {"params": [p for p in named if p.dim() < 2], "weight_decay": 0.0}],
+        lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
+    step = load_checkpoint(model, optimizer, args)
+    print(f"{sum(p.numel() for p in named):,} trained parameters; {len(data):,} examples, {len(held_out):,} held out; "
+          f"{args.max_steps:,} steps of {args.batch_size} on {args.device}; writing to {out}/")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2), encoding="utf-8")
+    tokenizer.save_pretrained(out)
+    log = open_log(out / "log.jsonl", step)
+    stop = []                                            # Ctrl-C ends the run after the update it falls in
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    bar = tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps")
+    while step < args.max_steps and not stop:
+        start = time.perf_counter()
+        line = update(step, model, optimizer, data, args, tokenizer.pad_token_id or 0)
+        step, seconds = step + 1, time.perf_counter() - start
+        bar.update()
+        bar.set_postfix(report(line, seconds, model, args), refresh=False)
+        print(json.dumps(line), file=log)
+        if held_out and (step % args.eval_every == 0 or step == args.max_steps):
+            result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
+            print(json.dumps({"step": step} | result), file=log)
+            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+        if step % args.save_every == 0 or step == args.max_steps or stop:
+            save_checkpoint(step, model, optimizer, args)
+    bar.close()
+    log.close()
+    if step < args.max_steps:
+        print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
+        sys.exit(130)
+    model.save_pretrained(out)
+    print(f"saved in {out}/; now: python sample.py --out {out} --steps 127")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    try:
+        train(parse_args())
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"train.py: error: {error}")
