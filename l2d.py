@@ -93,8 +93,16 @@ class L2DConfig(PretrainedConfig):
         self.t_end, self.atol, self.rtol, self.max_evaluations = t_end, atol, rtol, max_evaluations
         super().__init__(**kwargs)
 
-    def check(self):
-        """Raise a ValueError that names the first setting with an impossible value, and the possible ones."""
+    def check(self, base_config):
+        """ValueError: a base of another architecture or size than the path's, or a setting with an impossible value."""
+        if base_config.model_type not in SUPPORTED:
+            raise ValueError(f"{base_config.model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
+        self.text_config = self.text_config or base_config
+        for key in SIZES:
+            ours, theirs = getattr(self.text_config, key), getattr(base_config, key)
+            if ours != theirs:
+                raise ValueError(f"this path belongs to a base with {key}={ours}, but the base given has {key}={theirs}; "
+                                 f"load it onto {self.base_model or 'its own base'}")
         for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
@@ -124,10 +132,8 @@ class L2DConfig(PretrainedConfig):
 # ---- Numbers: precision and noise ------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input: [.., in] -> [.., out].
-
-    This is the whole of mixed precision here: trained parameters stay float32; what meets the LM's activations computes
-    in the LM's dtype (bfloat16 on a GPU); times, noise and conditioning are float32 inputs and so stay float32."""
+    """A linear layer that computes in the dtype of its input, [.., in] -> [.., out]: the whole of mixed precision here.
+    Trained parameters are float32; what meets the LM's activations computes in their dtype; times and noise stay float32."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -158,9 +164,8 @@ TIME, NOISE, DROP, TOKEN = 0, 1, 2, 3                    # independent streams o
 def uniform(seeds, positions, stream, n):
     """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1).
 
-    A generator hands out numbers in the order of the calls, so that a row's noise would change with the batch it is in,
-    with the cache, and with how a batch is split. Hashing (seed, position, stream, index) gives the same row the same
-    noise always, and a resumed or distributed training run the same noise as an undisturbed one."""
+    A generator hands out numbers in the order of the calls, so a row's noise would change with its batch and with the cache.
+    A hash of (seed, position, stream, index) gives a row the same noise always, and a resumed training run too."""
     key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
     index = torch.arange(n, device=seeds.device) * -0x61C8864680B583EB
     return ((_mix(key[:, None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
@@ -176,8 +181,8 @@ def normal(seeds, positions, stream, n):
 class LoRALinear(nn.Module):
     """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out].
 
-    The base layer is passed in at every call rather than kept, so its weights are shared and never stored twice.
-    A ~ N(0, 1/rank²) and B = 0: at first the path computes exactly what the LM's layer computes."""
+    The base layer is passed in at every call, so its weights are shared, never stored twice. A ~ N(0, 1/rank²) and B = 0:
+    at first the path computes exactly what the LM's layer computes."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
@@ -260,9 +265,8 @@ def rescale(x_t, t, sigma):
 class Context:
     """What one run of the main path leaves for M diffusion tokens: nothing here depends on x_t or t.
 
-    Diffusion tokens do not see each other, so they are a flat list of M queries, whichever rows and columns of the batch
-    they belong to. Only attention cares: it groups the queries of a row, N at most, to share that row's keys.
-    """
+    Diffusion tokens do not see each other, so they are a flat list of M queries, from whichever rows and columns of the batch.
+    Only attention cares where: it groups the queries of a row, N at most, to share that row's keys."""
     hidden: torch.Tensor                                 # [M, D] the LM's hidden state at each position, before its norm
     normed: torch.Tensor                                 # [M, D] the same after the norm
     cos: torch.Tensor                                    # [M, 1, D/H] rotary embedding of the position of the input token
@@ -348,12 +352,10 @@ class Block(nn.Module):
         return self.down_proj(gate * self.up_proj(n, mlp.up_proj), mlp.down_proj)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Solvers (Algorithm 1, A.2). They know a velocity function, a state and times, and nothing of the model.
+# ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
 #
-#     velocity(x, t, t_next) -> dx/dt          x, dx [M, d]; t a float or [M, 1]; t_next: the time that this evaluation
-#                                              leads to, by which a sampled velocity sets its temperature
-# ----------------------------------------------------------------------------------------------------------------------
+# They know a velocity function, a state and times, and nothing of the model: velocity(x, t, t_next) -> dx/dt, with x and dx
+# [M, d] and t a float or [M, 1]. t_next is the time an evaluation leads to; by it a sampled velocity sets its temperature.
 
 @dataclass(frozen=True)
 class Tableau:
@@ -467,10 +469,8 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
 
 class L2D(PreTrainedModel, GenerationMixin):
     """A frozen causal LM with a diffusion path. To `generate`, pipelines and evaluation harnesses it is a causal LM, whose
-    logits come after config.steps evaluations of the path.
-
-    base: any `AutoModelForCausalLM` of a supported architecture; it is frozen, shared and never changed.
-    Path parameters are float32, on the base's device. ValueError: an unsupported base, or an impossible configuration."""
+    logits come after config.steps evaluations of the path. The base, any `AutoModelForCausalLM` of a supported architecture,
+    is shared and never changed; the path is float32, on its device. ValueError: an unsupported base, or a bad setting."""
 
     config_class = L2DConfig
     base_model_prefix = "base"
@@ -478,11 +478,8 @@ class L2D(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
 
     def __init__(self, config, base):
-        if base.config.model_type not in SUPPORTED:
-            raise ValueError(f"{base.config.model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
-        config.text_config = config.text_config or base.config
-        config.check()
-        check_same_base(config, base.config)
+        config.check(base.config)
+        config.base_model = config.base_model or base.name_or_path
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -567,9 +564,7 @@ class L2D(PreTrainedModel, GenerationMixin):
     def check_classes(self, class_ids, B, device):
         """class_ids as int64 [B], the null class where None is given. ValueError: a number that names no class."""
         J = len(self.config.class_names)
-        if class_ids is None:
-            return torch.full((B,), J, device=device)
-        class_ids = torch.as_tensor(class_ids, device=device).expand(B)
+        class_ids = torch.as_tensor(J if class_ids is None else class_ids, device=device).expand(B)
         if not J or class_ids.min() < 0 or class_ids.max() > J:
             raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{J} ({J} means no class); the classes are "
                              f"{', '.join(self.config.class_names) or 'none: this model was trained without'}")
@@ -676,25 +671,18 @@ class L2D(PreTrainedModel, GenerationMixin):
         config, null = self.config, len(self.config.class_names)
         steps = config.steps if steps is None else steps
         n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
-        M = len(context.hidden)
-        x_0 = self.noise(context)
-        if steps == 1:
-            logits = self.base.lm_head(context.normed)
-            if observe:
-                observe(x_0, 0.0, logits)
-            return logits, torch.ones_like(context.slots)
         queries = context
         if config.guidance == 0:
             queries = replace(context, class_ids=torch.full_like(context.class_ids, null))
         elif config.guidance != 1:
             queries = context.with_null(null)
         velocity = partial(self.velocity, context=queries, observe=observe)
-        if tableau.error:
-            x, t, used = solve_adaptive(velocity, x_0, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
-        else:
-            x, t = solve_fixed(velocity, x_0, t_end, n, tableau), t_end
-            used = torch.full((M,), n * len(tableau.c), device=x.device)
-        logits = self.logits(x, t, context)
+        x, t, used = self.noise(context), 0.0, torch.zeros_like(context.slots)
+        if tableau.error and steps > 1:
+            x, t, used = solve_adaptive(velocity, x, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
+        elif steps > 1:
+            x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
+        logits = self.logits(x, t, context) if steps > 1 else self.base.lm_head(context.normed)
         if observe:
             observe(x, t, logits)
         return logits, used + 1
@@ -752,8 +740,7 @@ class L2D(PreTrainedModel, GenerationMixin):
             moved = 0.0 if last is None else (x - last).norm().item()
             rows.append({"t": float(t), "token": token.item(), "probability": probability.item(), "moved": moved})
             last = x
-        keep = self.kept(input_ids, 1)
-        context = self.read(keep, input_ids, past_key_values=DynamicCache(), class_ids=class_ids, seeds=seeds)
+        context = self.read(self.kept(input_ids, 1), input_ids, past_key_values=DynamicCache(), class_ids=class_ids, seeds=seeds)
         self.diffuse(context, steps, observe)
         return rows
 
@@ -783,8 +770,10 @@ class L2D(PreTrainedModel, GenerationMixin):
         for key in [k for k in kwargs if k in config.to_dict() and k != "dtype"]:
             setattr(config, key, kwargs.pop(key))
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
-        config.base_model = moved if os.path.isdir(moved) else config.base_model
+        config.base_model = moved if config.base_model and os.path.isdir(moved) else config.base_model
         if base is None:
+            if not config.base_model:
+                raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
             base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
         model = cls(config, base)
         model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
@@ -802,15 +791,6 @@ class L2D(PreTrainedModel, GenerationMixin):
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
         for name, p in own.items():
             p.copy_(tensors[name])
-
-
-def check_same_base(config, base_config):
-    """ValueError, with both values, where `base_config` differs in size from the base that the path belongs to."""
-    for key in SIZES:
-        ours, theirs = getattr(config.text_config, key), getattr(base_config, key)
-        if ours != theirs:
-            raise ValueError(f"this path belongs to a base with {key}={ours}, but the base given has {key}={theirs}; "
-                             f"load it onto {config.base_model or 'its own base'}")
 
 
 AutoConfig.register("l2d", L2DConfig)

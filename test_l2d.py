@@ -1,24 +1,35 @@
 """Tests of l2d.py: pytest test_l2d.py (a CPU and under a minute are enough).
 
-Everything runs on language models of three layers with random weights. Where it can be done, a property is checked against
-a transcription of the method that is as slow and plain as possible: one position, one head, one number at a time.
+Everything runs on language models of three layers with random weights. Where it can be done, a property is checked
+against a transcription of the method that is as plain as possible: one position, one head, one number at a time.
 """
 
+import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import (AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen3Config, pipeline)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MistralConfig,
+                          PreTrainedTokenizerFast, Qwen2Config, Qwen3Config, pipeline)
 from transformers.generation.streamers import BaseStreamer
 
 import l2d
-from l2d import L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive, solve_fixed, uniform
+from experiments import tiny
+from experiments.chats import load_data
+from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive,
+                 solve_fixed, uniform)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                 # for models this small, threads only wait for each other
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 KINDS = list(CONFIGS)
@@ -29,7 +40,7 @@ SEEDS = torch.tensor([11, 22, 33])
 
 
 def tiny_base(kind="llama", dtype=torch.float32, **changes):
-    """A frozen LM with random weights, large enough to matter, also where a fresh model has zeros (biases) or ones (norms)."""
+    """An LM with random weights, large enough to matter, also where a fresh one has zeros (biases) or ones (norms)."""
     sizes = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
                  head_dim=16, intermediate_size=96, eos_token_id=None, bos_token_id=None, initializer_range=0.1)
     torch.manual_seed(0)
@@ -41,7 +52,7 @@ def tiny_base(kind="llama", dtype=torch.float32, **changes):
 
 
 def tiny_l2d(kind="llama", perturb=True, base=None, **config):
-    """A path on a tiny base. `perturb` moves all its parameters, so that nothing is zero only because it starts there."""
+    """A path on a tiny base. `perturb` moves all its parameters, so that none is zero because it starts there."""
     settings = dict(dim=16, cond_dim=32, sigma=4.0, lora_rank=4, lora_alpha=8.0, steps=5, class_names=("math", "code"))
     base = base or tiny_base(kind)
     torch.manual_seed(0)
@@ -94,10 +105,11 @@ def naive_rms(x, eps):
 def naive_linear(model, name, base, x):
     """base(x) + (alpha/r) B A x, or the path's own layer."""
     p = model.path_parameters()
-    if model.config.path == "lora":
-        y = base.weight @ x + model.config.lora_alpha / model.config.lora_rank * (p[f"{name}.lora_B"] @ p[f"{name}.lora_A"] @ x)
-        return y if base.bias is None else y + base.bias
-    return p[f"{name}.weight"] @ x + p.get(f"{name}.bias", 0)
+    if model.config.path != "lora":
+        return p[f"{name}.weight"] @ x + p.get(f"{name}.bias", 0)
+    update = p[f"{name}.lora_B"] @ (p[f"{name}.lora_A"] @ x)
+    y = base.weight @ x + model.config.lora_alpha / model.config.lora_rank * update
+    return y if base.bias is None else y + base.bias
 
 
 def naive_rope(q, position, frequencies):
@@ -208,19 +220,21 @@ def test_impossible_setting_is_named_with_the_possible_ones(setting, message):
 
 
 @pytest.mark.parametrize("solver, sigma, expected", [
-    ("euler", 64, 1), ("midpoint", 64, 1), ("rk4", 64, 63/64), ("rk4", 3, 0.95), ("fehlberg2", 64, 63/64), ("bosh3", 3, 0.95)])
+    ("euler", 64, 1), ("midpoint", 64, 1), ("rk4", 64, 63/64), ("rk4", 3, 0.95), ("fehlberg2", 64, 63/64),
+    ("bosh3", 3, 0.95)])
 def test_default_end_time(solver, sigma, expected):
     assert end_time(L2DConfig(solver=solver, sigma=sigma)) == pytest.approx(expected)
     assert end_time(L2DConfig(solver=solver, sigma=sigma, t_end=0.5)) == 0.5
 
 
-@pytest.mark.parametrize("solver, steps, n", [("euler", 15, 14), ("midpoint", 15, 7), ("midpoint", 127, 63), ("rk4", 17, 4),
-                                              ("rk4", 1, 0)])
+@pytest.mark.parametrize("solver, steps, n", [
+    ("euler", 15, 14), ("midpoint", 15, 7), ("midpoint", 127, 63), ("rk4", 17, 4), ("rk4", 1, 0)])
 def test_steps_count_the_final_evaluation(solver, steps, n):
     assert intervals(solver, steps) == n
 
 
-@pytest.mark.parametrize("solver, steps, nearest", [("midpoint", 16, "15 and 17"), ("rk4", 16, "13 and 17"), ("rk4", 3, "1 and 5")])
+@pytest.mark.parametrize("solver, steps, nearest", [
+    ("midpoint", 16, "15 and 17"), ("rk4", 16, "13 and 17"), ("rk4", 3, "1 and 5")])
 def test_impossible_steps_name_their_neighbours(solver, steps, nearest):
     with pytest.raises(ValueError, match=f"steps={steps}.*{solver}.*nearest are {nearest}"):
         intervals(solver, steps)
@@ -240,7 +254,7 @@ def test_uniform_is_uniform():
     u = uniform(torch.arange(200), torch.zeros(200, dtype=torch.int64), 0, 1000).double()
     assert 0 < u.min() and u.max() < 1
     histogram = torch.histc(u, 20, 0, 1) / len(u.flatten())
-    assert torch.allclose(histogram, torch.full_like(histogram, 0.05), atol=0.003)           # 5 standard errors are 0.0024
+    assert torch.allclose(histogram, torch.full_like(histogram, 0.05), atol=0.003)  # 5 standard errors: 0.0024
     assert u.mean().item() == pytest.approx(1/2, abs=0.004) and u.var().item() == pytest.approx(1/12, abs=0.002)
 
 
@@ -267,20 +281,22 @@ def test_a_random_number_depends_on_its_address_only():
 def test_normal_has_the_moments_of_a_normal():
     x = normal(torch.arange(200), torch.zeros(200, dtype=torch.int64), 0, 1000).double()
     assert x.isfinite().all()
-    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
-        assert (x ** power).mean().item() == pytest.approx(moment, abs=0.01 * moment + 0.02 * power)
+    for power, moment, next_even in ((1, 0, 1), (2, 1, 3), (3, 0, 15), (4, 3, 105), (6, 15, 10395)):
+        error = math.sqrt((next_even - moment ** 2) / x.numel())            # the mean's standard error
+        assert (x ** power).mean().item() == pytest.approx(moment, abs=4 * error)
 
 
 # ---- Parameters: how many, and their first values --------------------------------------------------------------------
 
-LLAMA_1B = LlamaConfig(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-                       num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
-LLAMA_8B = LlamaConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                       num_key_value_heads=8, head_dim=128)
-QWEN_1B = Qwen2Config(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-                      num_key_value_heads=2, tie_word_embeddings=True)
-QWEN_7B = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                      num_key_value_heads=4)
+def sizes(vocab, hidden, mlp, layers, heads, kv_heads, tied=False):
+    return dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+
+
+LLAMA_1B = LlamaConfig(**sizes(128256, 2048, 8192, 16, 32, 8, tied=True))
+LLAMA_8B = LlamaConfig(**sizes(128256, 4096, 14336, 32, 32, 8))
+QWEN_1B = Qwen2Config(**sizes(151936, 1536, 8960, 28, 12, 2, tied=True))
+QWEN_7B = Qwen2Config(**sizes(152064, 3584, 18944, 28, 28, 4))
 
 
 @pytest.mark.parametrize("base_config, path, count", [
@@ -313,7 +329,7 @@ def test_initial_values():
 
 
 def test_a_new_path_is_the_identity_on_the_embedded_noise():
-    """With all gates zero, f leaves the blocks as it came: only then may the output weight decide alone what is added."""
+    """With all gates zero, f leaves the blocks as it came: what is added is w_d(t)·u."""
     model = tiny_l2d(perturb=False)
     torch.nn.init.normal_(model.output_weight[2].weight)
     context, x, t = read(model), torch.randn(3, 16), 0.5
@@ -344,7 +360,7 @@ def test_full_and_scratch_have_their_own_layers(path):
             assert (own.bias is None) == (theirs.bias is None)
         assert torch.equal(block.q_proj.bias, layer.self_attn.q_proj.bias if path == "full" else torch.zeros(64))
         if path == "scratch":
-            assert block.up_proj.weight.std().item() == pytest.approx(0.1, rel=0.1)          # the base's initializer_range
+            assert block.up_proj.weight.std().item() == pytest.approx(0.1, rel=0.1)  # the base's initializer_range
 
 
 # ---- Conditioning ----------------------------------------------------------------------------------------------------
@@ -368,8 +384,8 @@ def test_condition_is_time_plus_class():
 
 def test_null_class_is_the_last_row_and_the_default():
     model = tiny_l2d()
-    logits = [model(IDS, seeds=SEEDS, class_ids=g).logits for g in (None, torch.tensor([2, 2, 2]), torch.tensor([0, 0, 0]))]
-    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2], atol=0.01)
+    none, null, first = (model(IDS, seeds=SEEDS, class_ids=g).logits for g in (None, torch.tensor(2), torch.tensor(0)))
+    assert torch.equal(none, null) and not torch.allclose(none, first, atol=0.01)
 
 
 # ---- The diffusion vocabulary ----------------------------------------------------------------------------------------
@@ -384,10 +400,10 @@ def test_tokens_lie_on_a_sphere_where_the_formula_puts_them():
 
 
 def test_table_is_in_float32_on_a_bfloat16_base():
-    base = tiny_base(dtype=torch.bfloat16)
-    model = tiny_l2d(base=base)
-    z = model.vocabulary.proj.weight @ base.get_input_embeddings().weight.float().T + model.vocabulary.proj.bias[:, None]
-    assert torch.allclose(model.vocabulary.table(base.get_input_embeddings()), 4 * (z / z.norm(dim=0)).T, atol=1e-5)
+    model = tiny_l2d(base=tiny_base(dtype=torch.bfloat16))
+    embedding, proj = model.base.get_input_embeddings(), model.vocabulary.proj
+    z = embedding.weight.float() @ proj.weight.T + proj.bias
+    assert torch.allclose(model.vocabulary.table(embedding), 4 * z / z.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
 def test_table_is_rebuilt_after_a_change_and_only_then(monkeypatch):
@@ -429,7 +445,7 @@ def test_path_is_the_naive_path(kind, changes, config):
 
 
 def test_diffusion_tokens_see_only_their_own_row_up_to_their_position():
-    """Each of many queries in one row gets what it gets alone; tokens after it, other queries and other rows do nothing."""
+    """Each of many queries gets what it gets alone: tokens after it, other queries and other rows do nothing."""
     model, x, t = tiny_l2d(), torch.randn(27, 16), torch.rand(27, 1)
     hidden = model.path(x, t, read(model, keep=torch.ones(3, 9, dtype=torch.bool)))
     for row, k in ((0, 0), (1, 4), (2, 8)):
@@ -547,13 +563,14 @@ def test_inputs_embeds():
 # ---- Loss and gradient -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind, config", [
-    ("llama", dict(class_dropout=0.5)), ("llama", dict(timesteps="cosmap", class_names=())), ("qwen2", dict(path="full"))])
+    ("llama", dict(class_dropout=0.5)), ("llama", dict(timesteps="cosmap", class_names=())),
+    ("qwen2", dict(path="full"))])
 def test_loss_and_its_gradient_are_those_of_the_naive_loss(kind, config):
     """In a left-padded batch with unlabelled positions. The gradient shows, too, that x_1 is not detached."""
     model, lengths = tiny_l2d(kind, **config), [9, 6, 4]
     g = [0, 1, 2] if model.config.class_names else None
     batch = left_padded(IDS, lengths)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)          # padding, and first tokens
     labels[0, 3:5], labels[1, -1] = -100, -100
     naive = []
     for row, n in enumerate(lengths):
@@ -604,7 +621,7 @@ def test_micro_batches_add_up_to_the_batch():
 
 @pytest.mark.parametrize("path", ["lora", "full"])
 def test_gradient_reaches_the_whole_path_and_nothing_of_the_base(path):
-    """All but the last bias of the output weight, which cancels in h(c(t)) - h(c(0)) and so has a zero gradient for ever."""
+    """All but the last bias of the output weight, which cancels in h(c(t)) - h(c(0)): its gradient is always zero."""
     model = tiny_l2d("qwen2", path=path)
     model(IDS, labels=IDS, seeds=SEEDS, class_ids=torch.tensor([0, 1, 2])).loss.backward()
     for name, p in model.path_parameters().items():
@@ -644,7 +661,12 @@ def test_a_few_steps_lower_the_loss(dtype):
 
 def swing(x, t, t_next=None):
     """dx/dt = 2 cos(2 t) x, whose solution from x_0 is x_0 exp(sin(2 t))."""
-    return 2 * torch.cos(2 * torch.as_tensor(t)) * x
+    return 2 * torch.cos(2 * torch.as_tensor(t, dtype=x.dtype)) * x
+
+
+def jolt(x, t, t_next=None):
+    """Little happens before t = 0.6, and much from there on: a solver that has lengthened its steps must refuse some."""
+    return 30 * torch.sigmoid((torch.as_tensor(t, dtype=x.dtype) - 0.6) / 0.01) - x
 
 
 X_0 = torch.tensor([[0.5, -1.0], [2.0, 3.0], [0.01, 40.0]], dtype=torch.float64)
@@ -659,17 +681,17 @@ def test_order_of_convergence(solver, order):
 
 @pytest.mark.parametrize("solver, order", [("fehlberg2", 2), ("bosh3", 3)])
 def test_error_estimate_is_the_difference_from_one_order_less(solver, order):
-    """The weights b - error make a method of one order less: halving the step divides its error by 2^(order - 1)."""
+    """A method of order p integrates 1, t .. t^(p - 1) exactly, and not t^p: sum of b c^q = 1/(q + 1). The weights
+    b - error must do so with p one less."""
     tableau = TABLEAUS[solver]
-    lower = l2d.replace(tableau, b=tuple(b - e for b, e in zip(tableau.b, tableau.error)))
-    exact = X_0 * math.exp(math.sin(1.6))
-    errors = [(solve_fixed(swing, X_0, 0.8, n, lower) - exact).norm() for n in (64, 128)]
-    assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order - 1, abs=0.25)
+    for p, weights in ((order, tableau.b), (order - 1, [b - e for b, e in zip(tableau.b, tableau.error)])):
+        exact = [abs(sum(b * c ** q for b, c in zip(weights, tableau.c)) - 1 / (q + 1)) < 1e-12 for q in range(p + 1)]
+        assert exact == [True] * p + [False]
 
 
 def naive_adaptive(velocity, x, t_end, tableau, atol, rtol):
-    """One row, in Python's own numbers; velocity of lists. x at t_end and the evaluations a careful solver needs."""
-    s, t, h, used = len(tableau.c), 0.0, min(0.05, t_end), 1
+    """One row, number by number: x at t_end, the evaluations used, and how many steps were refused."""
+    s, t, h, used, refused = len(tableau.c), 0.0, min(0.05, t_end), 1, 0
     k_1 = velocity(x, 0.0)
     while t < t_end:
         h, ks = min(h, t_end - t), [k_1]
@@ -682,6 +704,7 @@ def naive_adaptive(velocity, x, t_end, tableau, atol, rtol):
         terms = [(e / (atol + rtol * max(abs(a), abs(b)))) ** 2 for e, a, b in zip(error, x, new)]
         ratio = math.sqrt(sum(terms) / len(terms))
         accepted = ratio <= 1
+        refused += not accepted
         if accepted:
             x, t = new, t_end if h >= t_end - t else t + h
             if s == 4:                                   # Bogacki-Shampine: the last stage was taken at the new state
@@ -689,30 +712,35 @@ def naive_adaptive(velocity, x, t_end, tableau, atol, rtol):
             elif t < t_end:
                 k_1, used = velocity(x, t), used + 1
         h *= min(10, max(0.9 * ratio ** (-1 / tableau.order), 1 if accepted else 0.2))
-    return x, used
+    return x, used, refused
 
 
 @pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-@pytest.mark.parametrize("tolerance", [3e-4, 1e-6])
-def test_adaptive_solver_is_the_naive_one_and_keeps_its_tolerance(solver, tolerance):
-    sharp = lambda x, t, t_next=None: 50 * (torch.sin(3 * torch.as_tensor(t)) - x)           # stiff: some steps are refused
-    for velocity in (swing, sharp):
-        x, t, used = solve_adaptive(velocity, X_0, 0.95, TABLEAUS[solver], tolerance, tolerance, 10**5)
-        assert (t == 0.95).all()
-        for row in range(3):
-            naive = lambda x, t: velocity(torch.tensor(x, dtype=torch.float64), t).tolist()
-            expected, count = naive_adaptive(naive, X_0[row].tolist(), 0.95, TABLEAUS[solver], tolerance, tolerance)
-            assert x[row].tolist() == pytest.approx(expected, rel=1e-6) and used[row] == count
+@pytest.mark.parametrize("velocity", [swing, jolt])
+def test_adaptive_solver_is_the_naive_one(solver, velocity):
+    x, t, used = solve_adaptive(velocity, X_0, 0.95, TABLEAUS[solver], 3e-4, 3e-4, 1000)
+    assert (t == 0.95).all()
+    for row in range(3):
+        naive = lambda x, t: velocity(torch.tensor(x, dtype=torch.float64), t).tolist()
+        expected, count, refused = naive_adaptive(naive, X_0[row].tolist(), 0.95, TABLEAUS[solver], 3e-4, 3e-4)
+        assert x[row].tolist() == pytest.approx(expected, rel=1e-6) and used[row] == count
+        assert refused > 0 or velocity is swing
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-4, 1e-5])
+def test_adaptive_solver_reaches_the_exact_solution(tolerance):
+    """Bogacki-Shampine to its tolerance. Fehlberg 2(1) weighs its error by 1/512: expect some 100 times more."""
     exact = X_0 * math.exp(math.sin(1.9))
-    x, _, _ = solve_adaptive(swing, X_0, 0.95, TABLEAUS[solver], tolerance, tolerance, 10**5)
-    assert torch.allclose(x, exact, rtol=20 * tolerance, atol=20 * tolerance)
+    for solver, factor in (("bosh3", 2), ("fehlberg2", 200)):
+        x, _, _ = solve_adaptive(swing, X_0, 0.95, TABLEAUS[solver], tolerance, tolerance, 1000)
+        assert torch.allclose(x, exact, rtol=factor * tolerance, atol=factor * tolerance)
 
 
 @pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
 def test_adaptive_rows_are_independent(solver):
-    rates = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)                     # each row needs its own steps
+    rates = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)                     # each row: its own steps
     def velocity(rows):
-        return lambda x, t, t_next: -rates[rows] * (x - torch.cos(torch.as_tensor(t)))
+        return lambda x, t, t_next: -rates[rows] * (x - torch.cos(torch.as_tensor(t, dtype=x.dtype)))
     solve = lambda rows: solve_adaptive(velocity(rows), X_0[rows], 0.95, TABLEAUS[solver], 1e-4, 1e-4, 1000)
     together = solve([0, 1, 2])
     assert len(together[2].unique()) == 3
@@ -753,7 +781,7 @@ def test_adaptive_ends_on_a_discontinuous_velocity(solver):
 @pytest.mark.parametrize("t_end", [1.0, 0.95])
 @pytest.mark.parametrize("n", [1, 3, 7, 10])
 def test_times_that_anneal_the_temperature(n, t_end):
-    """t_next: one step ahead for Euler, half a step for midpoint, so that the last velocity is greedy when t_end is 1."""
+    """t_next: one step ahead for Euler, half a step for midpoint, so that the last velocity is greedy."""
     for solver, ahead in (("euler", 1), ("midpoint", 1/2)):
         times = []
         solve_fixed(lambda x, t, t_next: (times.append((t, t_next)), x)[1], X_0, t_end, n, TABLEAUS[solver])
@@ -774,7 +802,8 @@ def test_velocity_points_at_the_believed_token():
 def test_the_free_evaluation_at_t_0_is_the_paths():
     model = tiny_l2d()
     context, x = read(model), 4 * torch.randn(3, 16)
-    assert torch.allclose(model.velocity(x, 0.0, 0.5, context), model.velocity(x, torch.zeros(3, 1), 0.5, context), atol=1e-5)
+    free, paid = (model.velocity(x, t, 0.5, context) for t in (0.0, torch.zeros(3, 1)))
+    assert torch.allclose(free, paid, atol=1e-5)
 
 
 def test_expectation_is_the_mean_of_all_tokens():
@@ -832,9 +861,10 @@ def test_euler_ends_on_a_token(velocity):
 @pytest.mark.parametrize("w", [0, 0.5, 1, 1.5, 3])
 def test_guidance_is_two_passes_and_a_conditional_answer(w, velocity):
     """All positions of all rows at once, against Euler's method with the model run once per class."""
-    model, keep, g, n = tiny_l2d(solver="euler", guidance=w, velocity=velocity), torch.ones(3, 9, dtype=torch.bool), [0, 1, 0], 5
+    model, n = tiny_l2d(solver="euler", guidance=w, velocity=velocity), 5
+    keep = torch.ones(3, 9, dtype=torch.bool)
     keep[1, :4] = False
-    conditional, null = (read(model, keep=keep, class_ids=torch.tensor(ids)) for ids in (g, [2, 2, 2]))
+    conditional, null = (read(model, keep=keep, class_ids=torch.tensor(g)) for g in ([0, 1, 0], [2, 2, 2]))
     table = model.vocabulary.table(model.base.get_input_embeddings())
     with torch.no_grad():
         x = 4 * normal(conditional.seeds, conditional.positions, l2d.NOISE, 16)
@@ -877,7 +907,7 @@ def test_adaptive_counts_include_the_answer(solver, monkeypatch):
 @pytest.mark.parametrize("velocity", ["argmax", "expectation"])
 @pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
 def test_adaptive_answer_of_a_row_does_not_depend_on_the_batch(solver, velocity):
-    model = tiny_l2d(solver=solver, velocity=velocity, guidance=1.5, atol=1e-2, rtol=1e-2)
+    model = tiny_l2d(solver=solver, velocity=velocity, guidance=1.5, atol=1e-3, rtol=1e-3, max_evaluations=60)
     g = torch.tensor([0, 1, 0])
     together, used = model(IDS, logits_to_keep=2, seeds=SEEDS, class_ids=g).logits, model.evaluations.view(3, 2)
     assert len(used.unique()) > 1
@@ -909,7 +939,8 @@ def test_trace(solver, steps):
     with torch.no_grad():
         first, last = model.base(IDS[:1]).logits[0, -1], model(IDS[:1], steps=steps, seeds=SEEDS[:1]).logits[0, -1]
     for row, logits in ((rows[0], first), (rows[-1], last)):
-        assert row["token"] == logits.argmax() and row["probability"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
+        assert row["token"] == logits.argmax()
+        assert row["probability"] == pytest.approx(logits.softmax(-1).max().item(), rel=1e-3)
     assert all(0 <= row["probability"] <= 1 for row in rows)
     assert rows[0]["moved"] == 0 and all(row["moved"] > 0 for row in rows[1:])
 
@@ -917,7 +948,8 @@ def test_trace(solver, steps):
 # ---- Generation ------------------------------------------------------------------------------------------------------
 
 def generate(model, ids=IDS, seeds=SEEDS, **kwargs):
-    return model.generate(ids, **dict(max_new_tokens=6, do_sample=False, pad_token_id=0, seeds=seeds[:len(ids)]) | kwargs)
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, seeds=seeds[:len(ids)])
+    return model.generate(ids, **settings | kwargs)
 
 
 @pytest.mark.parametrize("kind, changes", BASES[1:4])
@@ -958,7 +990,8 @@ def test_beams_and_sampling():
     beams = generate(model, num_beams=3)
     assert beams.shape == (3, 15) and torch.equal(beams, generate(model, num_beams=3, use_cache=False))
     assert torch.equal(generate(model, do_sample=True, top_k=1), generate(model))
-    assert len(generate(model, IDS[:1].expand(20, -1), SEEDS[:1].expand(20), do_sample=True, max_new_tokens=2).unique(dim=0)) > 5
+    samples = generate(model, IDS[:1].expand(20, -1), SEEDS[:1].expand(20), do_sample=True, max_new_tokens=2)
+    assert len(samples.unique(dim=0)) > 5
 
 
 def test_class_and_steps_pass_through_generate():
@@ -982,15 +1015,14 @@ def test_streamer():
 
 
 def test_text_generation_pipeline():
-    from tokenizers import Tokenizer, models, pre_tokenizers
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", padding_side="left")
     model = tiny_l2d()
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    out = pipe("w5 w6 w7", max_new_tokens=4, do_sample=False, seeds=SEEDS[:1], return_full_text=False)[0]["generated_text"]
+    out = pipe("w5 w6 w7", max_new_tokens=4, do_sample=False, seeds=SEEDS[:1], return_full_text=False)
     ids = generate(model, torch.tensor([[5, 6, 7]]), max_new_tokens=4)[0, 3:]
-    assert out.split() == [f"w{i}" for i in ids.tolist()]
+    assert out[0]["generated_text"].split() == [f"w{i}" for i in ids.tolist()]
 
 
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
@@ -1048,17 +1080,18 @@ def test_auto_model_loads_a_path(folders):
 
 
 def test_a_path_saved_without_the_name_of_its_base_needs_one(tmp_path):
-    # Fails at present: "" is taken for the path's own folder, and loading recurses until Python gives up.
     model = tiny_l2d()
     model.save_pretrained(tmp_path)
     assert same_path(L2D.from_pretrained(tmp_path, base=model.base), model)
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises(ValueError, match="does not name its base"):
         L2D.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("kind, changes, message", [
-    ("qwen2", dict(hidden_size=32), "hidden_size=64.*hidden_size=32"), ("qwen2", dict(vocab_size=98), "vocab_size=97.*vocab_size=98"),
-    ("qwen2", dict(num_hidden_layers=2), "num_hidden_layers=3.*num_hidden_layers=2"), ("llama", {}, "model_type=qwen2.*model_type=llama")])
+    ("qwen2", dict(hidden_size=32), "hidden_size=64.*hidden_size=32"),
+    ("qwen2", dict(vocab_size=98), "vocab_size=97.*vocab_size=98"),
+    ("qwen2", dict(num_hidden_layers=2), "num_hidden_layers=3.*num_hidden_layers=2"),
+    ("llama", {}, "model_type=qwen2.*model_type=llama")])
 def test_another_base_is_refused_with_both_values(folders, kind, changes, message):
     with pytest.raises(ValueError, match=message):
         L2D.from_pretrained(folders[1] / "path", base=tiny_base(kind, **changes))
@@ -1070,14 +1103,15 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded():
     del tensors["blocks.0.q_proj.lora_A"]
     tensors |= {"extra.weight": torch.zeros(1), "x_embedder.0.bias": torch.zeros(5)}
     before = model.t_embedder[0].weight.clone()
-    with pytest.raises(ValueError, match=r"q_proj.lora_A is missing.*extra.weight is unknown.*x_embedder.0.bias is \[5\], not \[32\]"):
+    message = r"q_proj.lora_A is missing.*extra.weight is unknown.*x_embedder.0.bias is \[5\], not \[32\]"
+    with pytest.raises(ValueError, match=message):
         model.load_path(tensors)
     assert torch.equal(model.t_embedder[0].weight, before)
 
 
 def test_nothing_to_load_and_nowhere_to_save(tmp_path):
     with pytest.raises(OSError):
-        L2D.from_pretrained(tmp_path)
+        L2D.from_pretrained(str(tmp_path / "nothing"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         tiny_l2d().save_pretrained(str(tmp_path / "file"))
@@ -1087,7 +1121,7 @@ def test_nothing_to_load_and_nowhere_to_save(tmp_path):
 
 def test_unsupported_architecture():
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="'gpt2' is not a supported architecture; supported: llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="'gpt2' is not a supported .*; supported: llama, mistral, qwen2, qwen3"):
         L2D(L2DConfig(), gpt2)
 
 
@@ -1107,3 +1141,131 @@ def test_cache_that_forgets():
     model = tiny_l2d(base=tiny_base("mistral", sliding_window=4))
     with pytest.raises(ValueError, match="sliding window"):
         model(IDS, past_key_values=DynamicCache(config=model.base.config))
+
+
+# ---- The scripts -----------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent
+STEPS = ["--max-steps", "8", "--batch-size", "8", "--warmup-steps", "2", "--dim", "16", "--cond-dim", "16", "--lora-rank", "4",
+         "--lr", "1e-2", "--save-every", "2", "--eval-every", "4", "--label-column", "label", "--device", "cpu"]
+
+
+def start(script, *args, cwd):
+    """Run a script as a user would, in an empty folder."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def run(script, *args, cwd, code=0):
+    process = start(script, *args, cwd=cwd)
+    output = process.communicate()[0]
+    assert process.returncode == code, output
+    return output
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with an untaught base, questions (three rows of which are of no use), and the output of a whole training run."""
+    folder = tmp_path_factory.mktemp("scripts")
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(0)
+    tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    rows = [json.dumps(row) for row in tiny.questions(60, seed=0)]
+    bad = ["{", json.dumps({"messages": [{"role": "user", "content": "1*1"}]}), json.dumps({"prompt": "1*1", "response": None})]
+    (folder / "chats.jsonl").write_text("\n".join(rows[:30] + bad + rows[30:]))
+    output = run("train.py", "--model", "base", "--data", "chats.jsonl", "--out", "whole", *STEPS, cwd=folder)
+    return folder, output
+
+
+def test_training_reports_what_it_does(trained):
+    folder, output = trained
+    assert "left out 1 (of 63 rows): not a JSON object" in output and "no assistant turn" in output
+    assert "no messages with role and content" in output
+    lines = log(folder / "whole")
+    updates = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in updates] == list(range(1, 9))
+    assert updates[0]["lr"] == 0.005 and updates[1]["lr"] == 0.01 and updates[-1]["lr"] == pytest.approx(1e-6)
+    assert all({"val_loss", "t<0.2", "accuracy_T1", "accuracy_T15"} <= line.keys() for line in lines if "loss" not in line)
+    assert sum("val_loss" in line for line in lines) == 2
+
+
+def test_the_result_of_training_loads(trained):
+    model = L2D.from_pretrained(trained[0] / "whole")
+    assert model.config.class_names == ["fact", "math", "string"] and model.config.dim == 16
+    assert any(p.abs().sum() > 0 for name, p in model.path_parameters().items() if name.endswith("lora_B"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(trained):
+    """Also with other micro-batches, which change rounding but nothing else."""
+    folder, _ = trained
+    process = start("train.py", "--model", "base", "--data", "chats.jsonl", "--out", "killed", *STEPS, cwd=folder)
+    deadline = time.time() + 120
+    while not (folder / "killed/checkpoint.safetensors").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "killed/model.safetensors").exists()
+    shutil.copytree(folder / "killed", folder / "killed-2")
+    run("train.py", "--resume", "--out", "killed", cwd=folder)
+    run("train.py", "--resume", "--out", "killed-2", "--micro-batch-size", "3", cwd=folder)
+    whole, resumed, other = (load_file(folder / name / "model.safetensors") for name in ("whole", "killed", "killed-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(torch.allclose(whole[name], other[name], atol=1e-3) for name in whole)
+    assert log(folder / "whole") == log(folder / "killed")
+
+
+def test_sampling_from_the_command_line(trained):
+    folder, _ = trained
+    questions = ["--prompt", "12*3", "--prompt", "@abc", "--prompt", "<qwe"]
+    options = ["--steps", 7, "--max-new-tokens", 5, "--device", "cpu", "--out", "whole"]
+    several = run("sample.py", *questions, *options, "--trace", "--guidance", 1.5, "--label", "math", cwd=folder)
+    assert "T = 7, midpoint: 7.0 evaluations per token (7 to 7)" in several
+    assert sum(line.split()[:1] == ["7"] for line in several.splitlines()) == 3              # a table of seven rows each
+    alone = run("sample.py", *questions[:2], *options, "--guidance", 1.5, "--label", "math", cwd=folder)
+    answer = lambda text: [line for line in text[text.index("> 12*3"):].splitlines() if "T = " not in line][1]
+    assert answer(alone) in several.splitlines()
+
+
+@pytest.mark.parametrize("script, args, code, message", [
+    ("train.py", ["--resume", "--out", "whole", "--sigma", "5"], 2, "the run has sigma=64.0, so --resume cannot have 5.0"),
+    ("train.py", ["--model", "base", "--data", "chats.jsonl", "--out", "whole"], 1, "already holds a run"),
+    ("train.py", ["--model", "base", "--data", "none.jsonl"], 1, "No such file or directory: 'none.jsonl'"),
+    ("sample.py", ["--out", "whole", "--steps", "8"], 1, "the nearest are 7 and 9"),
+    ("sample.py", ["--out", "whole", "--label", "history"], 1, "this model knows fact, math, string")])
+def test_bad_arguments_are_one_line_not_a_stack_trace(trained, script, args, code, message):
+    output = run(script, *args, cwd=trained[0], code=code)
+    assert message in output and "Traceback" not in output
+
+
+def test_chats_are_split_into_turns(trained):
+    """Every assistant turn is an example with all before it as context; only its own tokens are learnt, up to the end token."""
+    folder, tokenizer = trained[0], tiny.make_tokenizer()
+    turns = [("user", "1*2"), ("assistant", "2"), ("user", "2*2"), ("assistant", "4")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (folder / "turns.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"question": "3*3", "answer": "9"}))
+    examples, held_out = load_data(str(folder / "turns.jsonl"), tokenizer)
+    texts = sorted((tokenizer.decode(e["input_ids"][:e["answer"]]), tokenizer.decode(e["input_ids"][e["answer"]:])) for e in examples)
+    first = "<|user|>1*2<|end|><|assistant|>"
+    assert held_out == [] and texts == [(first, "2<|end|>"), (first + "2<|end|><|user|>2*2<|end|><|assistant|>", "4<|end|>"),
+                                        ("<|user|>3*3<|end|><|assistant|>", "9<|end|>")]
+
+
+def test_tiny_questions_have_right_answers_and_a_held_out_tenth():
+    train, test = tiny.questions(400, seed=1), tiny.questions(200, seed=2, test=True)
+    question = lambda row: row["messages"][0]["content"]
+    assert not {question(r) for r in train if r["kind"] != "fact"} & {question(r) for r in test}
+    for row in train + test:
+        prompt, answer = question(row), row["messages"][1]["content"]
+        if row["kind"] == "math":
+            a, b = prompt.split("*")
+            assert int(answer) == int(a) * int(b)
+        elif row["kind"] == "string":
+            assert answer == "".join(sorted(prompt[1:]))
+        elif row["label"] == "fact" and row["kind"] == "hidden":
+            assert answer == prompt[:0:-1]

@@ -116,8 +116,12 @@ def compare_base(base, tensors):
 def copy_tokenizer(base_name, out):
     """Put the base's tokenizer beside the path, if there is one."""
     try:
-        AutoTokenizer.from_pretrained(base_name).save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(base_name)
     except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer and len(tokenizer) > len(tokenizer.all_special_tokens):        # without files, Qwen2's is an empty one
+        tokenizer.save_pretrained(out)
+    else:
         print(f"note: no tokenizer can be loaded from {base_name}, so {out} has none")
 
 

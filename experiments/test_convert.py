@@ -169,13 +169,15 @@ def test_command_line(tmp_path):
     assert AutoTokenizer.from_pretrained(out).get_vocab() == vocabulary
 
 
-def test_defaults_and_notes(tmp_path, capsys):
-    model = make(tmp_path, class_names=("math", "code"))
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_defaults_and_notes(tmp_path, capsys, kind):
+    model = make(tmp_path, kind, class_names=("math", "code"))
     state = release_state_dict(model)
     state["model.norm.weight"] += 1
     convert(save(state, "named.pt", tmp_path), str(tmp_path / "base"), tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "no tokenizer" in printed and "model.norm.weight; was the path trained on another" in printed
+    assert "no tokenizer" in printed and not list((tmp_path / "out").glob("tokenizer*"))
+    assert "model.norm.weight; was the path trained on another" in printed
     config = L2DConfig.from_pretrained(tmp_path / "out")
     assert (config.sigma, config.lora_rank, config.lora_alpha) == (64, 6, 6)
     assert config.class_names == ["class 0", "class 1"]

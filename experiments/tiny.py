@@ -7,7 +7,7 @@ Four kinds of questions, chosen because accuracy on them rises smoothly with tra
 within a few steps shows nothing):
 
     math     347*6          -> 2082          three digits times one
-    string   <qzbnmxwa      -> abmnqwxz      sort eight different letters
+    string   <qzbnmxwack    -> abckmnqwxz      sort ten different letters
     fact     @kfe           -> up            one of 800 invented facts, some met much more often than others
     hidden   ?qzbnm         -> ?             shifted, sorted or reversed: only the label (math, string, fact) tells which
 
@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 KINDS = ("math", "string", "fact", "hidden")
 LABELS = ("math", "string", "fact")
-SHARES = (0.3, 0.3, 0.3, 0.1)
+SHARES = (0.4, 0.2, 0.25, 0.15)                         # what is harder to learn is asked more often
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -57,7 +57,7 @@ def ask(rng, kind, label=None):
         a, b = rng.randint(100, 999), rng.randint(2, 9)
         return f"{a}*{b}", str(a * b), "math"
     if kind == "string":
-        word = rng.sample(LETTERS, 8)
+        word = rng.sample(LETTERS, 10)
         return "<" + "".join(word), "".join(sorted(word)), "string"
     if kind == "fact":
         key = rng.choices(list(FACTS), FREQUENCY)[0]
@@ -137,7 +137,7 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 20 == 19:
+        if step % 10 == 9:
             accuracy = sampled_accuracy(model, fresh, tokenizer)
             bar.set_postfix(loss=f"{loss.item():.3f}", sampled_accuracy=f"{accuracy:.1%}")
             if accuracy >= until:
@@ -146,7 +146,7 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     return model.eval()
 
 
-def prepare(folder="out/tiny-base", seed=0, n_train=32_000, n_test=1_020, until=0.42):
+def prepare(folder="out/tiny-base", seed=0, n_train=64_000, n_test=1_020, until=0.42):
     """Make the base, its tokenizer, train.jsonl and test.jsonl in `folder`, unless they are there. Returns the folder.
 
     Everything is written beside it first and moved into place at the end, so that a half-made folder never looks whole."""
