@@ -17,7 +17,9 @@ its velocity points from where it is to the token that the LM, shown x_t, now be
 
 The diffusion token at position k stands for the **next** token, the one that the LM predicts at k. It sees the main path
 at positions 0..k and no other diffusion token. At t = 0 its weight w(t) - w(0) is zero: the LM answers, untouched.
-`steps` (the paper's T) counts the evaluations of the path for one token, the final one included; T = 1 is the LM itself.
+`steps` (the paper's T) counts the evaluations for one token: the one at t = 0, which costs nothing, and the final one
+included; T = 1 is the LM itself. Training shows the path x_t = (1 - t)·x_0 + t·x_1 of known tokens at random times t, and
+asks for the token (cross entropy); only the path's own parameters, LoRA-thin, are trained.
 
     paper           here                      shape      what it is
     y               labels, targets           [M]        the token after position k, in 0..V-1
@@ -27,11 +29,11 @@ at positions 0..k and no other diffusion token. At t = 0 its weight w(t) - w(0) 
     t               t                         [M, 1]     0 is noise, 1 is the token (or one float for all)
     f               f                         [M, D]     hidden state of the path
     g               class_ids                 [M]        class for guidance; the last one, number J, means "no class"
-    w_d(t)          output weight             [M, D]     how much of f is added to the LM's hidden state
+    w_d(t)          output_weight             [M, D]     how much of f is added to the LM's hidden state
     T               config.steps              int        evaluations of the path per token
 
-Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads,
-d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
+Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads
+of size E, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
 """
 
 import copy
@@ -71,7 +73,7 @@ class L2DConfig(PretrainedConfig):
     class_names      names of the J classes for guidance; empty for none. class_dropout: share trained without class
     timesteps        how training draws t: "uniform" or "cosmap"
 
-    steps, solver    T, and "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive; T is then unused)
+    steps, solver    T, and "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive: any T but 1 is ignored)
     velocity         x̂ is x_1 of the most likely token ("argmax"), of a sampled one ("sample"), or the "expectation"
     guidance   w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
     atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token
@@ -121,7 +123,7 @@ class L2DConfig(PretrainedConfig):
         end_time(self)
 
     def get_text_config(self, *args, **kwargs):
-        """What `generate` sizes its cache by: the base, caching every key, since a sliding window is the mask's affair."""
+        """What `generate` makes its cache for: the base, but with every key kept, also those outside a sliding window."""
         if self.text_config is None:
             return self
         config = copy.copy(self.text_config)
@@ -132,16 +134,16 @@ class L2DConfig(PretrainedConfig):
 # ---- Numbers: precision and noise ------------------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, [.., in] -> [.., out]: the whole of mixed precision here.
-    Trained parameters are float32; what meets the LM's activations computes in their dtype; times and noise stay float32."""
+    """A linear layer that computes in the dtype of its input: [.., in] -> [.., out]. That is the idea of mixed precision here:
+    trained parameters are float32; layers between the LM's activations compute in their dtype; times and noise in float32."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def mlp(n_in, n_hidden, n_out, init="xavier"):
-    """Linear, silu, linear: [.., n_in] -> [.., n_out], biases 0. Weights "xavier", "normal" (N(0, 0.02²)), or "zero":
-    xavier, then a last layer of zeros. Modulations that start at zero make the path start as the identity."""
+    """Linear, silu, linear: [.., n_in] -> [.., n_out]. Biases start at 0, weights as Xavier's or, "normal", as N(0, 0.02²).
+    With "zero" the last layer starts at 0: such gates and weights leave out what they multiply until they have learnt."""
     net = nn.Sequential(Linear(n_in, n_hidden), nn.SiLU(), Linear(n_hidden, n_out))
     for layer in (net[0], net[2]):
         nn.init.normal_(layer.weight, std=0.02) if init == "normal" else nn.init.xavier_uniform_(layer.weight)
@@ -152,13 +154,14 @@ def mlp(n_in, n_hidden, n_out, init="xavier"):
 
 
 def _mix(x):
-    """The mixing step of the splitmix64 generator on int64, elementwise: every input bit reaches every output bit."""
+    """The mixing step of the splitmix64 generator on int64, elementwise: every input bit reaches every output bit. (The
+    masks make torch's arithmetic shift a logical one; products wrap around, as they should.)"""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-TIME, NOISE, DROP, TOKEN = 0, 1, 2, 3                    # independent streams of random numbers
+TIME, NOISE, DROP, TOKEN = 0, 1, 2, 3                    # streams: for t, x_0, dropped classes, sampled tokens
 
 
 def uniform(seeds, positions, stream, n):
@@ -167,7 +170,7 @@ def uniform(seeds, positions, stream, n):
     A generator hands out numbers in the order of the calls, so a row's noise would change with its batch and with the cache.
     A hash of (seed, position, stream, index) gives a row the same noise always, and a resumed training run too."""
     key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
-    index = torch.arange(n, device=seeds.device) * -0x61C8864680B583EB
+    index = torch.arange(1, n + 1, device=seeds.device) * -0x61C8864680B583EB            # splitmix64's own stride
     return ((_mix(key[:, None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
 
 
@@ -219,8 +222,7 @@ def path_linear(base, config):
 # ---- Conditioning on time and class (Section 3.2) --------------------------------------------------------------------
 
 def time_features(t, size):
-    """Cosines and sines of t at geometric frequencies 1 .. 1/10000: t float32 [M, 1] -> [M, size]. An MLP, `t_embedder`,
-    makes c(t) of them; with classes, c(t, g) = c(t) + G[g], where G has one more row than classes: the null class."""
+    """Cosines and sines of t at geometric frequencies from 1 to 1/10000: t float32 [M, 1] -> [M, size]. See `L2D.condition`."""
     frequencies = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
 
@@ -269,9 +271,9 @@ class Context:
     Only attention cares where: it groups the queries of a row, N at most, to share that row's keys."""
     hidden: torch.Tensor                                 # [M, D] the LM's hidden state at each position, before its norm
     normed: torch.Tensor                                 # [M, D] the same after the norm
-    cos: torch.Tensor                                    # [M, 1, D/H] rotary embedding of the position of the input token
+    cos: torch.Tensor                                    # [M, 1, E] rotary embedding of the position of the input token
     sin: torch.Tensor
-    keys: list                                           # per block [B, H_kv, L, D/H]: the LM's, after RoPE
+    keys: list                                           # per block [B, H_kv, L, E]: the LM's, after RoPE
     values: list
     masks: list                                          # per block [B, 1, N, L] bool: what the row's n-th query may see
     slots: torch.Tensor                                  # [M] row·N + n: where in that grouping each query stands
@@ -288,7 +290,7 @@ class Context:
                        class_ids=torch.cat([self.class_ids, torch.full_like(self.class_ids, null)]))
 
     def attend(self, i, q, scale):
-        """Cross attention of the queries on the keys and values of block i: q [M, H, D/H] -> [M, H·D/H].
+        """Cross attention of the queries on the keys and values of block i: q [M, H, E] -> [M, H·E].
 
         Heads that share keys (grouped-query attention) become further queries on them, so that keys are never repeated."""
         keys, values, mask = self.keys[i], self.values[i], self.masks[i]
@@ -302,7 +304,7 @@ class Context:
 
 
 def rotate(q, cos, sin):
-    """Rotary position embedding of q [M, H, D/H], with the base's own tables."""
+    """Rotary position embedding of q [M, H, E], with the base's own tables."""
     left, right = q.chunk(2, dim=-1)
     return q * cos + torch.cat([-right, left], dim=-1) * sin
 
@@ -314,7 +316,7 @@ def modulate(x, norm, scale, shift):
 
     gain is the LM's own frozen norm weight. Note gain + scale, where DiT has gain·(1 + scale)."""
     rms = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return ((norm.weight + scale) * rms + shift).to(x.dtype)
+    return ((norm.weight.float() + scale) * rms + shift).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -355,22 +357,20 @@ class Block(nn.Module):
 # ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
 #
 # They know a velocity function, a state and times, and nothing of the model: velocity(x, t, t_next) -> dx/dt, with x and dx
-# [M, d] and t a float or [M, 1]. t_next is the time an evaluation leads to; by it a sampled velocity sets its temperature.
+# [M, d] and t a float or [M, 1]. t_next is the time that the evaluation leads to: Algorithm 1 draws the token x̂ at a
+# temperature that falls with it. A row below is one of the M states.
 
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge-Kutta method: stage i is evaluated at t + c_i·h, at x + h·sum_j a_ij·k_j; the step is h·sum b_i·k_i.
-    `error` weighs the stages to the difference from a method of one order less, where there is one."""
+    The stages weighted by `error` are the difference to a method of one order less. fsal ("first same as last"): the last
+    stage is taken at the new state, and so serves as the first of the next step."""
     order: int
     c: tuple
     a: tuple
     b: tuple
     error: tuple = ()
-
-    @property
-    def reusable(self):
-        """The last stage is the derivative at the new state, and so the next step's first ("first same as last")."""
-        return self.a[-1] == self.b[:-1] and self.b[-1] == 0
+    fsal: bool = False
 
 
 TABLEAUS = {
@@ -380,12 +380,12 @@ TABLEAUS = {
     "fehlberg2": Tableau(2, c=(0, 1/2, 1), a=((), (1/2,), (1/256, 255/256)), b=(1/512, 255/256, 1/512),
                          error=(-1/512, 0, 1/512)),
     "bosh3": Tableau(3, c=(0, 1/2, 3/4, 1), a=((), (1/2,), (0, 3/4), (2/9, 1/3, 4/9)), b=(2/9, 1/3, 4/9, 0),
-                     error=(-5/72, 1/12, 1/9, -1/8)),
+                     error=(-5/72, 1/12, 1/9, -1/8), fsal=True),
 }
 
 
 def intervals(solver, steps):
-    """The number of steps a fixed solver takes with T = `steps` evaluations, of which the last is the answer's.
+    """The number of intervals that T = `steps` evaluations make with a fixed solver: one evaluation is the answer's.
 
     midpoint uses 2 a step, so T = 2n + 1; RK4 T = 4n + 1; Euler any. ValueError: a T that cannot be, with its neighbours."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -399,8 +399,8 @@ def intervals(solver, steps):
 
 
 def end_time(config):
-    """Where the integration stops. The velocity has 1 - t below the line, so a method that evaluates it at the end of
-    its steps (c = 1) must stop short: at 1 - 1/sigma as in A.2, but not before 0.95, which a small sigma would mean."""
+    """Where the integration stops. The velocity divides by 1 - t, so a method that evaluates it at the end of its steps
+    (c = 1) must stop short of 1: at 1 - 1/sigma, as in A.2, or at 0.95 if that is later (for sigma = 3, say)."""
     touches_end = TABLEAUS[config.solver].c[-1] == 1
     t_end = config.t_end
     if t_end is None:
@@ -436,15 +436,15 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
     """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours.
 
     A step is accepted where the error estimate, relative to the tolerance and averaged over the row (root mean square),
-    is at most 1; otherwise it is repeated, shorter. The next step aims at an error of 0.9: at most 10 times longer, never
-    shorter after success, at least a fifth after failure. Rows that have arrived wait for the others.
+    is at most 1; otherwise it is repeated, shorter. The next step is 0.9 of the one that would just do: at most 10 times
+    as long as the last, after success no shorter, after failure at least a fifth. Arrived rows wait for the others.
 
     Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
     t = x.new_zeros(len(x), 1)
     h = torch.full_like(t, min(first_step, t_end))
     k = velocity(x, 0.0, tableau.c[1] * h)
     used = torch.ones_like(t)
-    cost = len(tableau.c) - tableau.reusable             # evaluations an accepted step needs, its successor's k_1 included
+    cost = len(tableau.c) - tableau.fsal             # evaluations an accepted step needs, its successor's k_1 included
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         h = torch.minimum(h, t_end - t)
         ks = stages(velocity, x, t, h, tableau, first=k)
@@ -457,9 +457,9 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
         t = torch.where(accept, torch.where(h < t_end - t, t + h, t_end), t)
         growth = (0.9 * ratio ** (-1 / tableau.order)).clamp(max=10.0)
         h = h * torch.maximum(growth, torch.where(accept, 1.0, 0.2))
-        if tableau.reusable:
+        if tableau.fsal:
             k = torch.where(accept, ks[-1], k)
-        elif (moving := accept & (t < t_end)).any():     # the release reuses a stage that was taken beside the new state
+        elif (moving := accept & (t < t_end)).any():     # the release reuses k_3 here, though taken at another state
             k = torch.where(moving, velocity(x, t, t + tableau.c[1] * h), k)
             used += moving
     return x, t, used[:, 0].long()
@@ -493,14 +493,14 @@ class L2D(PreTrainedModel, GenerationMixin):
                 self.class_embedder = nn.Embedding(len(config.class_names) + 1, C)
                 nn.init.normal_(self.class_embedder.weight, std=0.02)
             self.blocks = nn.ModuleList(Block(layer, config) for layer in base.model.layers)
-            self.output_weight = mlp(C, C, D, init="zero")
+            self.output_weight = mlp(C, C, D, init="zero")           # its last bias cancels in Eq. 6 (kept for the count)
         self.post_init()
 
     def init_weights(self):
         """Nothing to do: the path's modules initialise themselves, and the base must not be touched."""
 
     def train(self, mode=True):
-        """Training mode is the path's; the base stays in evaluation mode (it has no dropout to switch on)."""
+        """Training mode is the path's; the base, and any dropout it may have, stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
         return self
@@ -519,11 +519,11 @@ class L2D(PreTrainedModel, GenerationMixin):
         past_key_values grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
         noise of a row, drawn from torch's generator if None. Returns a Context of M = keep.sum() queries."""
         B, S = keep.shape
-        past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # a static cache's own counter
+        past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # or a static cache counts it on
         if position_ids is None:
             position_ids = (past + torch.arange(S, device=keep.device))[None]
         position_ids = position_ids.expand(B, S)
-        before_norm = []
+        before_norm = []                                 # the path is added before the last norm, which models do not return
         with self.base.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0])):
             normed = self.base.model(
                 input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
@@ -538,7 +538,8 @@ class L2D(PreTrainedModel, GenerationMixin):
             hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
             sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers],
             masks=masks, slots=slots, seeds=seeds[rows], positions=position_ids[rows, columns],
-            class_ids=self.check_classes(class_ids, B, keep.device)[rows] if self.config.class_names else None)
+            class_ids=None if class_ids is None and not self.config.class_names else
+            self.check_classes(class_ids, B, keep.device)[rows])
 
     def visible(self, keep, past, length, attention_mask):
         """The rule of sight: the query at position k sees keys 0..k, k included, that are no padding (and, with a
@@ -590,7 +591,9 @@ class L2D(PreTrainedModel, GenerationMixin):
         return (context.hidden + weight * f).to(f.dtype)
 
     def logits(self, x_t, t, context):
-        """The LM's next-token logits after looking at x_t: [M, V]."""
+        """The LM's next-token logits after looking at x_t: [M, V]. At t = 0 they are its own, and the path need not run."""
+        if isinstance(t, float) and t == 0:
+            return self.base.lm_head(context.normed)
         return self.base.lm_head(self.base.model.norm(self.path(x_t, t, context)))
 
     # -- training (Section 2.2, Eq. 3) ------------------------------------------------------------------------------
@@ -637,9 +640,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         if self.config.velocity == "expectation":
             return logits.float().softmax(-1) @ table
         if self.config.velocity == "sample":             # Gumbel noise turns argmax into a draw from softmax(logits / tau)
-            tau = torch.as_tensor(1 - t_next, device=logits.device).clamp(min=0)      # annealed: the last is greedy
-            time = torch.as_tensor(t, dtype=torch.float32, device=logits.device).expand(len(logits), 1)[:, 0]
-            stream = TOKEN + 4 * time.view(torch.int32).long()       # a new draw at every t, the same at the same t
+            tau = torch.as_tensor(1 - t_next, device=logits.device).clamp(min=0)     # annealed: greedy as t_next reaches 1
+            stream = TOKEN + 4 * (2**24 * torch.as_tensor(t, device=logits.device)).long().view(-1)      # a draw for every t
             gumbel = -torch.log(-torch.log(uniform(context.seeds, context.positions, stream, logits.shape[-1])))
             logits = logits.float() + tau * gumbel
         return table[logits.argmax(-1)]
@@ -647,12 +649,11 @@ class L2D(PreTrainedModel, GenerationMixin):
     def velocity(self, x_t, t, t_next, context, observe=None):
         """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
 
-        With guidance, Eq. 7, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null). Both velocities start
-        at the same x_t, so it is enough to mix their x̂. At t = 0 the path has no weight: the LM's logits are at hand."""
+        With guidance, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null), Eq. 7 with the plus sign that the
+        paper's print lost. Both velocities start at the same x_t, so it is enough to mix their x̂."""
         w, copies = self.config.guidance, len(context.hidden) // len(x_t)
         each = lambda v: v.repeat(copies, 1) if torch.is_tensor(v) else v
-        at_start = isinstance(t, float) and t == 0
-        logits = self.base.lm_head(context.normed) if at_start else self.logits(each(x_t), each(t), context)
+        logits = self.logits(each(x_t), each(t), context)
         if observe:
             observe(x_t, t, logits[:len(x_t)])
         x_hat = self.estimate(logits, each(t), each(t_next), context)
@@ -666,8 +667,8 @@ class L2D(PreTrainedModel, GenerationMixin):
     def diffuse(self, context, steps=None, observe=None):
         """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
 
-        The state moves from x_0 to t_end; the answer is one more evaluation there, with the class, without guidance.
-        observe(x_t, t, logits) is called at every evaluation. ValueError: a `steps` that the solver cannot do."""
+        The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
+        class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: `steps` the solver cannot do."""
         config, null = self.config, len(self.config.class_names)
         steps = config.steps if steps is None else steps
         n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
@@ -680,9 +681,9 @@ class L2D(PreTrainedModel, GenerationMixin):
         x, t, used = self.noise(context), 0.0, torch.zeros_like(context.slots)
         if tableau.error and steps > 1:
             x, t, used = solve_adaptive(velocity, x, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
-        elif steps > 1:
+        elif n:
             x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
-        logits = self.logits(x, t, context) if steps > 1 else self.base.lm_head(context.normed)
+        logits = self.logits(x, t, context)
         if observe:
             observe(x, t, logits)
         return logits, used + 1
@@ -701,8 +702,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; give one [batch, past + length] of 0 and 1")
-        if class_ids is not None:
-            class_ids = self.check_classes(class_ids, len(tokens), tokens.device)
+        if labels is not None and (input_ids is None or past_key_values is not None):
+            raise ValueError("labels need input_ids and no past_key_values: the loss is that of whole sequences")
         if labels is not None:
             losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids, class_ids, seeds)
             return CausalLMOutputWithPast(loss=losses.sum() / (num_items_in_batch or len(losses)))
@@ -733,15 +734,15 @@ class L2D(PreTrainedModel, GenerationMixin):
     def trace(self, input_ids, steps=None, class_ids=None, seeds=None):
         """One token's diffusion, for teaching: input_ids [1, S] -> a list with a dict per evaluation, for the token after S:
         t, the most likely token, its probability, and how far x_t has moved since the evaluation before."""
-        rows, last = [], None
-        def observe(x, t, logits):
-            nonlocal last
-            probability, token = logits[0].float().softmax(-1).max(-1)
-            moved = 0.0 if last is None else (x - last).norm().item()
-            rows.append({"t": float(t), "token": token.item(), "probability": probability.item(), "moved": moved})
-            last = x
+        if len(input_ids) != 1:
+            raise ValueError(f"input_ids has {len(input_ids)} rows; trace one at a time")
+        seen, rows = [], []
         context = self.read(self.kept(input_ids, 1), input_ids, past_key_values=DynamicCache(), class_ids=class_ids, seeds=seeds)
-        self.diffuse(context, steps, observe)
+        self.diffuse(context, steps, observe=lambda *evaluation: seen.append(evaluation))
+        for (x, t, logits), (before, _, _) in zip(seen, seen[:1] + seen):
+            probability, token = logits[0].float().softmax(-1).max(-1)
+            rows.append({"t": float(t), "token": token.item(), "probability": probability.item(),
+                         "moved": (x - before).norm().item()})
         return rows
 
     # -- saving and loading -----------------------------------------------------------------------------------------
@@ -765,7 +766,8 @@ class L2D(PreTrainedModel, GenerationMixin):
 
         Arguments that name settings change them (steps=127); the rest (dtype, device_map, attn_implementation, ...) goes
         to the base. ValueError: a base of other sizes, or tensors that do not fit; OSError: nothing there."""
-        hub = {k: kwargs.pop(k) for k in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if k in kwargs}
+        hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}           # of the path's repository alone
+        hub |= {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only") if k in kwargs}
         config = config or L2DConfig.from_pretrained(name_or_path, **hub)
         for key in [k for k in kwargs if k in config.to_dict() and k != "dtype"]:
             setattr(config, key, kwargs.pop(key))

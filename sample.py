@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, LogitsProcessor, TextStreamer, logging
 
 from experiments.chats import render
-from l2d import L2D, TABLEAUS, TOKEN, uniform
+from l2d import L2D, TABLEAUS, TOKEN, VELOCITIES, uniform
 from train import last_run
 
 EXAMPLES = ["What is 17 times 23?", "Write a Python function that reverses a string.", "Why is the sky blue?"]
@@ -32,6 +32,7 @@ def parse_args():
     parser.add_argument("--interactive", action="store_true", help="chat")
     parser.add_argument("--steps", type=int, default=15, help="evaluations per token, T (default: %(default)s)")
     parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own number of steps")
+    parser.add_argument("--velocity", choices=VELOCITIES, default="argmax", help="what the path moves towards (default: argmax)")
     parser.add_argument("--guidance", type=float, default=1.0, metavar="W", help="guidance scale, 0 or more (default: 1, none)")
     parser.add_argument("--label", help="class of the questions, for a model trained with classes")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the last choice; 0 is greedy (default: %(default)s)")
@@ -94,7 +95,8 @@ def example_questions(model):
 def load(args):
     """(model, tokenizer) of --out, with the settings of the command line."""
     folder = args.out or last_run("model.safetensors")
-    model = L2D.from_pretrained(folder, steps=args.steps, solver=args.solver, guidance=args.guidance)
+    settings = {"steps": args.steps, "solver": args.solver, "velocity": args.velocity, "guidance": args.guidance}
+    model = L2D.from_pretrained(folder, **settings)
     device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     names = model.config.class_names
     if args.label is not None and args.label not in names:
@@ -136,6 +138,7 @@ def main():
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         main()
     except (OSError, RuntimeError, ValueError) as error:

@@ -49,7 +49,7 @@ OPTIONS = {                                              # name: (default, defau
         "timesteps": ("uniform", "uniform", "how t is drawn: uniform or cosmap"),
         "class_dropout": (0.2, 0.2, "share of positions trained without their class")},
     "optimisation (Table 3)": {
-        "max_steps": (None, 1000, "updates (default: as many as --epochs makes)"),
+        "max_steps": (None, 2000, "updates (default: as many as --epochs makes)"),
         "epochs": (1.0, 1.0, "passes over the data, where --max-steps is not given"),
         "batch_size": (32, 128, "examples per update"),
         "micro_batch_size": (4, 128, "examples per forward pass: lower it when memory runs out"),
@@ -290,6 +290,7 @@ def train(args):
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         train(parse_args())
     except (OSError, RuntimeError, ValueError) as error:

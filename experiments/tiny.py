@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 KINDS = ("math", "string", "fact", "hidden")
 LABELS = ("math", "string", "fact")
-SHARES = (0.4, 0.2, 0.25, 0.15)                         # what is harder to learn is asked more often
+SHARES = (0.55, 0.06, 0.27, 0.12)                      # what is harder to learn is asked more often
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")

@@ -1,0 +1,141 @@
+"""Accuracy of a tiny L2D against the number of steps, beside the lines that keep the comparison honest.
+
+    python experiments/evaluate.py                                   the last model trained by `python train.py`
+    python experiments/evaluate.py --out out/tiny-base-l2d --steps 1 3 7 15 31 63 127 --questions 1020
+    python experiments/evaluate.py --solver bosh3                    adaptive: evaluations per token are reported
+    python experiments/evaluate.py --guidance 0 0.5 1 1.5 2 3        the questions that only the label decides
+
+A question is right if the whole generated answer is. The questions are fresh (see `held_out` in experiments/tiny.py), a third
+of each kind; the interval is Wilson's, at 95%, over questions (one training run: it says nothing about other seeds). Results are
+appended as JSON lines to results.jsonl in the model's folder. "sampled" draws the last token of the diffusion at temperature 1, the
+paper's protocol; "greedy" takes the most likely one. Two controls need no iteration at all: the base, greedy, and one
+single evaluation of the path on pure noise at the best of nine times t.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, logging
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiments.chats import render
+from experiments.tiny import KINDS, questions
+from l2d import L2D, TABLEAUS
+from sample import Sampler
+from train import last_run
+
+
+def interval(right, n):
+    """Wilson's 95% interval of a share of right answers."""
+    z, p = 1.96, right / n
+    middle, half = (p + z * z / (2 * n)), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+@torch.no_grad()
+def ask(model, tokenizer, rows, temperature, seed, labels=False):
+    """Answer questions of one kind, all of the same length, in one batch: (share of right answers, evaluations per token)."""
+    prompts = [render(tokenizer, row["messages"][:1]) for row in rows]
+    inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
+    seeds = torch.arange(len(rows)) + seed * 1_000_003
+    classes = torch.tensor([model.config.class_names.index(row["label"]) for row in rows]) if labels else None
+    sampler = Sampler(model, temperature, seeds)
+    longest = max(len(row["messages"][1]["content"]) for row in rows) + 1
+    ids = model.generate(**inputs, seeds=seeds, class_ids=classes, do_sample=False, logits_processor=[sampler],
+                         max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id)
+    answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    right = [answer == row["messages"][1]["content"] for answer, row in zip(answers, rows)]
+    return sum(right), torch.cat(sampler.evaluations).float().mean().item()
+
+
+def measure(model, tokenizer, rows, args, **what):
+    """One line of the table: all kinds of `rows`, each in a batch of its own."""
+    line = {"model": str(args.out), "seed": args.seed, "n": len(rows), **what, "by_kind": {}}
+    right, spent = 0, []
+    for kind in sorted({row["kind"] for row in rows}):
+        part = [row for row in rows if row["kind"] == kind]
+        hits, evaluations = ask(model, tokenizer, part, what["temperature"], args.seed, labels=what.get("labels", False))
+        line["by_kind"][kind] = hits / len(part)
+        right, spent = right + hits, spent + [evaluations]
+    line |= {"accuracy": right / len(rows), "interval": interval(right, len(rows)), "evaluations": sum(spent) / len(spent)}
+    return line
+
+
+def single_evaluation(model, t):
+    """Make the model answer with one evaluation of the path at time t, where x_t is noise alone: no iteration."""
+    def diffuse(context, steps=None, observe=None):
+        return model.logits((1 - t) * model.noise(context), t, context), torch.ones_like(context.slots)
+    model.diffuse = diffuse
+
+
+def plan(args):
+    """What to measure, in order: (name, settings of the model, temperature, whether the label is given)."""
+    if args.guidance:
+        for w in args.guidance:
+            yield f"guidance {w:g}", {"guidance": w, "steps": args.steps[-1]}, 1.0, True
+        return
+    adaptive = bool(TABLEAUS[args.solver].error)
+    for T in [2] if adaptive else args.steps:
+        for temperature in (1.0, 0.0):
+            name = args.solver if adaptive else "base" if T == 1 else f"T = {T}"
+            yield f"{name}, {'sampled' if temperature else 'greedy'}", {"steps": T}, temperature, False
+
+
+def run(args):
+    model, tokenizer = L2D.from_pretrained(args.out, solver=args.solver), AutoTokenizer.from_pretrained(args.out)
+    kinds = KINDS[3:] if args.guidance else KINDS[:3]
+    rows = questions(args.questions, seed=f"test {args.seed}", test=True, kinds=kinds, shares=None)
+    lines = []
+    for name, settings, temperature, labels in tqdm(list(plan(args)), desc="evaluating"):
+        vars(model.config).update(settings)
+        lines.append(measure(model, tokenizer, rows, args, name=name, solver=args.solver, temperature=temperature,
+                             labels=labels, **settings))
+    if not args.guidance and not TABLEAUS[args.solver].error:
+        tried = questions(300, seed="validation", test=True, kinds=kinds, shares=None)
+        best = (-1, None)
+        for t in tqdm([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6], desc="the best time for a single evaluation"):
+            single_evaluation(model, t)
+            best = max(best, (measure(model, tokenizer, tried, args, temperature=0.0)["accuracy"], t))
+        single_evaluation(model, best[1])
+        lines += [measure(model, tokenizer, rows, args, name=f"one evaluation on noise at t = {best[1]:g}, {kind}", temperature=tau)
+                  for tau, kind in ((1.0, "sampled"), (0.0, "greedy"))]
+    return lines
+
+
+def report(lines):
+    kinds = list(lines[0]["by_kind"])
+    print(f"\n{'':44}{'all':>6}  {'95% interval':>14}" + "".join(f"{kind:>9}" for kind in kinds) + f"{'evaluations':>13}")
+    for line in lines:
+        low, high = line["interval"]
+        print(f"{line['name']:44}{line['accuracy']:6.1%}  {low:6.1%}, {high:6.1%}"
+              + "".join(f"{line['by_kind'][kind]:9.1%}" for kind in kinds) + f"{line['evaluations']:13.1f}")
+    print(f"n = {lines[0]['n']} questions, seed {lines[0]['seed']}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="the trained model (default: the last one in out/)")
+    parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 7, 15, 31], help="T (default: 1 3 7 15 31)")
+    parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="(default: midpoint)")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="W", help="measure guidance instead, at the last of --steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)                             # for models this small, threads only wait for each other
+    args.out = args.out or last_run("model.safetensors")
+    lines = run(args)
+    report(lines)
+    with open(Path(args.out) / "results.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
