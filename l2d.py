@@ -30,7 +30,7 @@ asks for the token (cross entropy); only the path's own parameters, LoRA-thin, a
     f               f                         [M, D]     hidden state of the path
     g               class_ids                 [M]        class for guidance; the last one, number J, means "no class"
     w_d(t)          output_weight             [M, D]     how much of f is added to the LM's hidden state
-    T               config.steps              int        evaluations of the path per token
+    T               config.steps              int        evaluations per token
 
 Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads
 of size E, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
@@ -75,9 +75,8 @@ class L2DConfig(PretrainedConfig):
 
     steps, solver    T, and "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive: any T but 1 is ignored)
     velocity         x̂ is x_1 of the most likely token ("argmax"), of a sampled one ("sample"), or the "expectation"
-    guidance   w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
-    atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token
-    """
+    guidance         w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
+    atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token"""
 
     model_type = "l2d"
 
@@ -108,17 +107,17 @@ class L2DConfig(PretrainedConfig):
         for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol", "max_evaluations"):
+        for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
-        if self.cond_dim % 2:
-            raise ValueError(f"cond_dim={self.cond_dim} must be even: half of the time features are sines, half cosines")
-        if not 0 <= self.class_dropout <= 1:
-            raise ValueError(f"class_dropout={self.class_dropout} must lie in [0, 1]")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance={self.guidance} must be 0 or more")
-        if self.guidance != 1 and not self.class_names:
-            raise ValueError(f"guidance={self.guidance} needs classes, and this model was trained without; use 1")
+        for name, good, rule in (
+                ("cond_dim", self.cond_dim % 2 == 0, "must be even: half of the time features are sines, half cosines"),
+                ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
+                ("max_evaluations", self.max_evaluations >= 2, "must be 2 or more: the first evaluation and the answer"),
+                ("guidance", 0 <= self.guidance < math.inf, "must be 0 or more"),
+                ("guidance", self.guidance == 1 or self.class_names, "needs classes, and this model has none; use 1")):
+            if not good:
+                raise ValueError(f"{name}={getattr(self, name)} {rule}")
         intervals(self.solver, self.steps)
         end_time(self)
 
@@ -231,7 +230,6 @@ def time_features(t, size):
 
 class DiffusionVocabulary(nn.Module):
     """x_1(y) = sqrt(d)·z/|z| with z = W_v e_y + b_v: the LM's frozen embedding of y, projected onto a sphere.
-
     The length sqrt(d) gives every coordinate variance 1, whatever W_v learns, so that sigma sets the signal-to-noise
     ratio and training cannot cheat by growing the tokens. (The bias is the authors' release's; the paper has none.)"""
 
@@ -266,7 +264,6 @@ def rescale(x_t, t, sigma):
 @dataclass
 class Context:
     """What one run of the main path leaves for M diffusion tokens: nothing here depends on x_t or t.
-
     Diffusion tokens do not see each other, so they are a flat list of M queries, from whichever rows and columns of the batch.
     Only attention cares where: it groups the queries of a row, N at most, to share that row's keys."""
     hidden: torch.Tensor                                 # [M, D] the LM's hidden state at each position, before its norm
@@ -279,7 +276,7 @@ class Context:
     slots: torch.Tensor                                  # [M] row·N + n: where in that grouping each query stands
     seeds: torch.Tensor                                  # [M] with the position: the address of the query's noise
     positions: torch.Tensor                              # [M]
-    class_ids: torch.Tensor | None                       # [M]
+    class_ids: torch.Tensor | None                       # [M], None for a model without classes
 
     def with_null(self, null):
         """Every query twice, with its class and with the null class: two queries on the same keys and values."""
@@ -444,7 +441,7 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
     h = torch.full_like(t, min(first_step, t_end))
     k = velocity(x, 0.0, tableau.c[1] * h)
     used = torch.ones_like(t)
-    cost = len(tableau.c) - tableau.fsal             # evaluations an accepted step needs, its successor's k_1 included
+    cost = len(tableau.c) - tableau.fsal                  # evaluations an accepted step needs, its successor's k_1 included
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         h = torch.minimum(h, t_end - t)
         ks = stages(velocity, x, t, h, tableau, first=k)
@@ -602,8 +599,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         """The cross entropy of every labelled token at a random time of its own (Eq. 3), float32.
 
         labels [B, S]: labels[:, k + 1] is the token that position k shall predict, -100 for none, as in any causal LM.
-        Only positions with a label pass through the path. Returns losses [M] and times t [M], row by row.
-        ValueError: no label at all."""
+        Only positions with a label pass through the path. Returns losses [M] and times t [M], row by row. ValueError: no label.
+        Learning starts at output_weight's last layer, the only one with a gradient while it is zero; the others follow."""
         keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))
         if not keep.any():
             raise ValueError(f"every label after the first position is {IGNORE}: there is nothing to learn from this batch")
@@ -670,6 +667,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
         class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: `steps` the solver cannot do."""
         config, null = self.config, len(self.config.class_names)
+        config.check(self.base.config)                   # they may have been changed since the last call
         steps = config.steps if steps is None else steps
         n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
         queries = context

@@ -271,7 +271,7 @@ def test_uniform_numbers_at_neighbouring_addresses_are_independent():
 
 
 def test_times_noise_class_dropout_and_tokens_have_streams_of_their_own():
-    assert len({l2d.TIME, l2d.NOISE, l2d.DROP, l2d.TOKEN}) == 4 and l2d.TOKEN == 3           # TOKEN + 4 * (bits of t)
+    assert len({l2d.TIME, l2d.NOISE, l2d.DROP, l2d.TOKEN}) == 4 and l2d.TOKEN == 3           # TOKEN + 4·(t)
 
 
 def test_a_random_number_depends_on_its_address_only():

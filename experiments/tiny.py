@@ -7,7 +7,7 @@ Four kinds of questions, chosen because accuracy on them rises smoothly with tra
 within a few steps shows nothing):
 
     math     347*6          -> 2082          three digits times one
-    string   <qzbnmxwack    -> abckmnqwxz      sort ten different letters
+    string   <qzbnmxwack    -> abckmnqwxz    sort ten different letters
     fact     @kfe           -> up            one of 800 invented facts, some met much more often than others
     hidden   ?qzbnm         -> ?             shifted, sorted or reversed: only the label (math, string, fact) tells which
 
@@ -151,6 +151,7 @@ def prepare(folder="out/tiny-base", seed=0, n_train=64_000, n_test=1_020, until=
 
     Everything is written beside it first and moved into place at the end, so that a half-made folder never looks whole."""
     folder = Path(folder)
+    torch.set_num_threads(1)                             # for a model this small, threads only wait for each other
     if (folder / "model.safetensors").exists():
         print(f"tiny base: {folder} (made earlier; delete the folder to make it again)")
         return folder
