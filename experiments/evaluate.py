@@ -1,15 +1,16 @@
 """Accuracy of a tiny L2D against the number of steps, beside the lines that keep the comparison honest.
 
     python experiments/evaluate.py                                   the last model trained by `python train.py`
-    python experiments/evaluate.py --out out/tiny-base-l2d --steps 1 3 7 15 31 63 127 --questions 1020
+    python experiments/evaluate.py --out out/tiny-base-l2d out/tiny-base-1-l2d out/tiny-base-2-l2d        several seeds
     python experiments/evaluate.py --solver bosh3                    adaptive: evaluations per token are reported
     python experiments/evaluate.py --guidance 0 0.5 1 1.5 2 3        the questions that only the label decides
 
 A question is right if the whole generated answer is. The questions are fresh (see `held_out` in experiments/tiny.py), a third
-of each kind; the interval is Wilson's, at 95%, over questions (one training run: it says nothing about other seeds). Results are
-appended as JSON lines to results.jsonl in the model's folder. "sampled" draws the last token of the diffusion at temperature 1, the
-paper's protocol; "greedy" takes the most likely one. Two controls need no iteration at all: the base, greedy, and one
-single evaluation of the path on pure noise at the best of nine times t.
+of each kind. Of one model the interval is Wilson's over its questions, at 95%; of several, Student's over the models' own
+accuracies, which is wider and the one that speaks for other seeds. "sampled" draws the last token of the diffusion at
+temperature 1, the paper's protocol; "greedy" takes the most likely one. Two controls need no iteration at all: the base,
+greedy, and one single evaluation of the path on pure noise, at the best of nine times t (chosen on 300 other questions).
+Results are appended as JSON lines to results.jsonl in each model's folder.
 """
 
 import argparse
@@ -54,9 +55,20 @@ def ask(model, tokenizer, rows, temperature, seed, labels=False):
     return sum(right), torch.cat(sampler.evaluations).float().mean().item()
 
 
+def over_models(lines):
+    """The mean of the same line of several models, with Student's 95% interval for the mean of all possible ones."""
+    shares, n = [line["accuracy"] for line in lines], len(lines)
+    mean = sum(shares) / n
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.6)
+    half = t * math.sqrt(sum((share - mean) ** 2 for share in shares) / (n - 1) / n)
+    by_kind = {kind: sum(line["by_kind"][kind] for line in lines) / n for kind in lines[0]["by_kind"]}
+    return lines[0] | {"accuracy": mean, "interval": (mean - half, mean + half), "by_kind": by_kind,
+                       "evaluations": sum(line["evaluations"] for line in lines) / n}
+
+
 def measure(model, tokenizer, rows, args, **what):
     """One line of the table: all kinds of `rows`, each in a batch of its own."""
-    line = {"model": str(args.out), "seed": args.seed, "n": len(rows), **what, "by_kind": {}}
+    line = {"seed": args.seed, "n": len(rows), **what, "by_kind": {}}
     right, spent = 0, []
     for kind in sorted({row["kind"] for row in rows}):
         part = [row for row in rows if row["kind"] == kind]
@@ -87,8 +99,9 @@ def plan(args):
             yield f"{name}, {'sampled' if temperature else 'greedy'}", {"steps": T}, temperature, False
 
 
-def run(args):
-    model, tokenizer = L2D.from_pretrained(args.out, solver=args.solver), AutoTokenizer.from_pretrained(args.out)
+def run(folder, args):
+    """All lines of the table for one trained model, which are also appended to its results.jsonl."""
+    model, tokenizer = L2D.from_pretrained(folder, solver=args.solver), AutoTokenizer.from_pretrained(folder)
     kinds = KINDS[3:] if args.guidance else KINDS[:3]
     rows = questions(args.questions, seed=f"test {args.seed}", test=True, kinds=kinds, shares=None)
     lines = []
@@ -103,24 +116,26 @@ def run(args):
             single_evaluation(model, t)
             best = max(best, (measure(model, tokenizer, tried, args, temperature=0.0)["accuracy"], t))
         single_evaluation(model, best[1])
-        lines += [measure(model, tokenizer, rows, args, name=f"one evaluation on noise at t = {best[1]:g}, {kind}", temperature=tau)
+        lines += [measure(model, tokenizer, rows, args, name=f"one evaluation on noise, {kind}", temperature=tau, t=best[1])
                   for tau, kind in ((1.0, "sampled"), (0.0, "greedy"))]
+    with open(Path(folder) / "results.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
     return lines
 
 
-def report(lines):
+def report(lines, models):
     kinds = list(lines[0]["by_kind"])
-    print(f"\n{'':44}{'all':>6}  {'95% interval':>14}" + "".join(f"{kind:>9}" for kind in kinds) + f"{'evaluations':>13}")
+    print(f"\n{'':34}{'all':>6}  {'95% interval':>14}" + "".join(f"{kind:>9}" for kind in kinds) + f"{'evaluations':>13}")
     for line in lines:
         low, high = line["interval"]
-        print(f"{line['name']:44}{line['accuracy']:6.1%}  {low:6.1%}, {high:6.1%}"
+        print(f"{line['name']:34}{line['accuracy']:6.1%}  {low:6.1%}, {high:6.1%}"
               + "".join(f"{line['by_kind'][kind]:9.1%}" for kind in kinds) + f"{line['evaluations']:13.1f}")
-    print(f"n = {lines[0]['n']} questions, seed {lines[0]['seed']}")
+    print(f"n = {lines[0]['n']} questions for each of {models} trained models, seed {lines[0]['seed']}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="the trained model (default: the last one in out/)")
+    parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
     parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 7, 15, 31], help="T (default: 1 3 7 15 31)")
     parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="(default: midpoint)")
@@ -130,11 +145,10 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)                             # for models this small, threads only wait for each other
-    args.out = args.out or last_run("model.safetensors")
-    lines = run(args)
-    report(lines)
-    with open(Path(args.out) / "results.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+    tables = [run(folder, args) for folder in args.out or [last_run("model.safetensors")]]
+    lines = tables[0] if len(tables) == 1 else [over_models(same) for same in zip(*tables)]
+    report(lines, len(tables))
+
 
 
 if __name__ == "__main__":

@@ -146,11 +146,12 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     return model.eval()
 
 
-def prepare(folder="out/tiny-base", seed=0, n_train=64_000, n_test=1_020, until=0.42):
-    """Make the base, its tokenizer, train.jsonl and test.jsonl in `folder`, unless they are there. Returns the folder.
+def prepare(folder=None, seed=0, n_train=64_000, n_test=1_020, until=0.42):
+    """Make the base, its tokenizer, train.jsonl and test.jsonl in `folder`, unless they are there. Returns the folder, which is
+    out/tiny-base, with the seed if that is not 0, by default.
 
     Everything is written beside it first and moved into place at the end, so that a half-made folder never looks whole."""
-    folder = Path(folder)
+    folder = Path(folder or f"out/tiny-base{f'-{seed}' if seed else ''}")
     torch.set_num_threads(1)                             # for a model this small, threads only wait for each other
     if (folder / "model.safetensors").exists():
         print(f"tiny base: {folder} (made earlier; delete the folder to make it again)")
@@ -172,7 +173,7 @@ def prepare(folder="out/tiny-base", seed=0, n_train=64_000, n_test=1_020, until=
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="out/tiny-base", help="folder to make (default: %(default)s)")
+    parser.add_argument("--out", help="folder to make (default: out/tiny-base, or out/tiny-base-SEED)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the base's training (default: %(default)s)")
     parser.add_argument("--show", type=int, metavar="N", help="only print N questions")
     args = parser.parse_args()
