@@ -97,6 +97,8 @@ def load(args):
     folder = args.out or last_run("model.safetensors")
     settings = {"steps": args.steps, "solver": args.solver, "velocity": args.velocity, "guidance": args.guidance}
     model = L2D.from_pretrained(folder, **settings)
+    if model.num_parameters() < 10_000_000:
+        torch.set_num_threads(1)                         # for a model this small, threads only wait for each other
     device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     names = model.config.class_names
     if args.label is not None and args.label not in names:
@@ -132,7 +134,8 @@ def main():
         print()
     seconds = time.perf_counter() - start
     if used:
-        print(f"T = {args.steps}, {args.solver}: {sum(used) / len(used):.1f} evaluations per token ({min(used)} to {max(used)}), "
+        solver = args.solver if TABLEAUS[args.solver].error else f"T = {args.steps}, {args.solver}"
+        print(f"{solver}: {sum(used) / len(used):.1f} evaluations per token ({min(used)} to {max(used)}), "
               f"{len(used)} tokens, {len(used) / seconds:.1f} tokens/s on {model.device.type}")
 
 

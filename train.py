@@ -187,12 +187,13 @@ def save_checkpoint(step, model, optimizer, args):
 def load_checkpoint(model, optimizer, args):
     """Put the last checkpoint, if there is one, into model and optimizer. Returns the number of updates done."""
     file = Path(args.out) / "checkpoint.safetensors"
-    tensors = load_file(file, device=str(model.device)) if file.exists() else {"step": torch.tensor(0)}
+    tensors = load_file(file) if file.exists() else {"step": torch.tensor(0)}
     step = int(tensors.pop("step"))
     if step:
         model.load_path({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("path.")})
         for name, p in model.path_parameters().items():
-            optimizer.state[p] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p]["step"] = tensors[f"step.{name}"]     # AdamW counts on the CPU
     return step
 
 
