@@ -33,7 +33,7 @@ asks for the token (cross entropy); only the path's own parameters, LoRA-thin, a
     T               config.steps              int        evaluations per token
 
 Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads
-of size E, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
+of size E, G of which share their keys, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
 """
 
 import copy
@@ -53,8 +53,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
-PATHS = ("lora", "full", "scratch")
-TIMESTEPS = ("uniform", "cosmap")
+PATHS, TIMESTEPS = ("lora", "full", "scratch"), ("uniform", "cosmap")
 VELOCITIES = ("argmax", "sample", "expectation")
 IGNORE = -100                                            # label of a position that is not learnt
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -272,31 +271,30 @@ class Context:
     sin: torch.Tensor
     keys: list                                           # per block [B, H_kv, L, E]: the LM's, after RoPE
     values: list
-    masks: list                                          # per block [B, 1, N, L] bool: what the row's n-th query may see
-    slots: torch.Tensor                                  # [M] row·N + n: where in that grouping each query stands
+    masks: list                                          # per block [B, 1, N·G, L]: 0 where a query may look, else -inf
+    slots: torch.Tensor                                  # [M] row·N + n: query m is the n-th of its row
+    N: int
     seeds: torch.Tensor                                  # [M] with the position: the address of the query's noise
     positions: torch.Tensor                              # [M]
     class_ids: torch.Tensor | None                       # [M], None for a model without classes
 
     def with_null(self, null):
         """Every query twice, with its class and with the null class: two queries on the same keys and values."""
-        N, twice = self.masks[0].shape[2], lambda v: torch.cat([v, v])
+        N, twice = self.N, lambda v: torch.cat([v, v])
         slots = self.slots + self.slots // N * N         # a row now has 2N slots: the first copies keep n, the second add N
         shared = {k: twice(getattr(self, k)) for k in ("hidden", "normed", "cos", "sin", "seeds", "positions")}
-        return replace(self, **shared, slots=torch.cat([slots, slots + N]), masks=[m.repeat(1, 1, 2, 1) for m in self.masks],
+        return replace(self, **shared, N=2 * N, slots=torch.cat([slots, slots + N]), masks=[m.repeat(1, 1, 2, 1) for m in self.masks],
                        class_ids=torch.cat([self.class_ids, torch.full_like(self.class_ids, null)]))
 
     def attend(self, i, q, scale):
         """Cross attention of the queries on the keys and values of block i: q [M, H, E] -> [M, H·E].
 
-        Heads that share keys (grouped-query attention) become further queries on them, so that keys are never repeated."""
-        keys, values, mask = self.keys[i], self.values[i], self.masks[i]
-        (B, H_kv, _, size), (M, H, _), N = keys.shape, q.shape, mask.shape[2]
-        G = H // H_kv
-        grouped = q.new_zeros(B * N, H * size).index_copy(0, self.slots, q.reshape(M, H * size))
-        grouped = grouped.view(B, N, H_kv, G, size).permute(0, 2, 3, 1, 4).reshape(B, H_kv, G * N, size)
-        out = F.scaled_dot_product_attention(grouped, keys, values, mask.repeat(1, 1, G, 1), scale=scale)
-        out = out.view(B, H_kv, G, N, size).permute(0, 3, 1, 2, 4).reshape(B * N, H * size)
+        The G heads that share keys (grouped-query attention) become further queries on them: keys are never repeated."""
+        (B, H_kv, _, E), (M, H, _), N = self.keys[i].shape, q.shape, self.N
+        grouped = q.new_zeros(B * N, H * E).index_copy(0, self.slots, q.reshape(M, H * E))
+        grouped = grouped.view(B, N, H_kv, H // H_kv, E).transpose(1, 2).reshape(B, H_kv, -1, E)
+        out = F.scaled_dot_product_attention(grouped, self.keys[i], self.values[i], self.masks[i], scale=scale)
+        out = out.view(B, H_kv, N, H // H_kv, E).transpose(1, 2).reshape(B * N, H * E)
         return out.index_select(0, self.slots)
 
 
@@ -310,7 +308,6 @@ def rotate(q, cos, sin):
 
 def modulate(x, norm, scale, shift):
     """AdaRMSNorm: (gain + scale)·rms(x) + shift, in float32, back in x's dtype. [M, D] -> [M, D].
-
     gain is the LM's own frozen norm weight. Note gain + scale, where DiT has gain·(1 + scale)."""
     rms = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
     return ((norm.weight.float() + scale) * rms + shift).to(x.dtype)
@@ -318,7 +315,6 @@ def modulate(x, norm, scale, shift):
 
 class Block(nn.Module):
     """One layer of the LM, walked by the diffusion tokens: cross attention to the main path, then the MLP.
-
     Only queries are computed here: keys and values are the main path's. Its five linear layers are the LM's with an
     update. Scale, shift and gate of both halves come from the condition, through a head that starts at zero."""
 
@@ -528,19 +524,19 @@ class L2D(PreTrainedModel, GenerationMixin):
         cos, sin = self.base.model.rotary_emb(normed, position_ids)
         rows, columns = keep.nonzero(as_tuple=True)
         layers = past_key_values.layers
-        masks, slots = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
+        masks, slots, N = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
         if seeds is None:
             seeds = torch.randint(2**62, (B,), device=keep.device)
         return Context(
             hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
             sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers],
-            masks=masks, slots=slots, seeds=seeds[rows], positions=position_ids[rows, columns],
+            masks=masks, slots=slots, N=N, seeds=seeds[rows], positions=position_ids[rows, columns],
             class_ids=None if class_ids is None and not self.config.class_names else
             self.check_classes(class_ids, B, keep.device)[rows])
 
     def visible(self, keep, past, length, attention_mask):
-        """The rule of sight: the query at position k sees keys 0..k, k included, that are no padding (and, with a
-        sliding window, are among the last `window`). Returns a mask [B, 1, N, L] per block, and the queries' slots [M]."""
+        """The query at position k sees keys 0..k, k included, except padding and what lies outside a sliding window.
+        Returns the masks, the slots and N of a Context."""
         B, N = len(keep), int(keep.sum(1).max())
         rows, columns = keep.nonzero(as_tuple=True)
         slots = rows * N + (keep.cumsum(1) - 1)[keep]
@@ -550,8 +546,12 @@ class L2D(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             see = see & F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
         see = see | (key == column)                      # a query on padding sees itself: unused, but finite
-        masks = {window: see & (key > column - window) if window else see for window in set(self.windows())}
-        return [masks[window] for window in self.windows()], slots
+        config, masks = self.base.config, {}
+        for window in set(self.windows()):
+            hidden = ~see if window is None else ~see | (key <= column - window)
+            mask = torch.zeros(hidden.shape, dtype=self.base.dtype, device=keep.device).masked_fill(hidden, -math.inf)
+            masks[window] = mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)
+        return [masks[window] for window in self.windows()], slots, N
 
     def windows(self):
         """Each block's sliding window, or None where it sees everything."""
