@@ -530,7 +530,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         return Context(
             hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
             sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers],
-            masks=masks, slots=slots, N=N, seeds=seeds[rows], positions=position_ids[rows, columns],
+            masks=masks, slots=slots, N=N, seeds=seeds.to(rows.device)[rows], positions=position_ids[rows, columns],
             class_ids=None if class_ids is None and not self.config.class_names else
             self.check_classes(class_ids, B, keep.device)[rows])
 

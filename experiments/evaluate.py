@@ -10,7 +10,8 @@ of each kind. Of one model the interval is Wilson's over its questions, at 95%; 
 accuracies, which is wider and the one that speaks for other seeds. "sampled" draws the last token of the diffusion at
 temperature 1, the paper's protocol; "greedy" takes the most likely one. Two controls need no iteration at all: the base,
 greedy, and one single evaluation of the path on pure noise, at the best of nine times t (chosen on 300 other questions).
-Results are appended as JSON lines to results.jsonl in each model's folder.
+Results are appended as JSON lines to results.jsonl in each model's folder. --figure FILE draws accuracy against T (it needs
+matplotlib: pip install -r experiments/requirements.txt).
 """
 
 import argparse
@@ -133,6 +134,27 @@ def report(lines, models):
     print(f"n = {lines[0]['n']} questions for each of {models} trained models, seed {lines[0]['seed']}")
 
 
+def draw(lines, file):
+    """Accuracy against T with its intervals, and the two controls as horizontal lines."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for temperature, name, colour in ((1.0, "last token sampled", "tab:blue"), (0.0, "last token greedy", "tab:orange")):
+        curve = [line for line in lines if "steps" in line and line["temperature"] == temperature]
+        shares = [line["accuracy"] for line in curve]
+        errors = [[s - l["interval"][0] for s, l in zip(shares, curve)], [l["interval"][1] - s for s, l in zip(shares, curve)]]
+        axes.errorbar([line["steps"] for line in curve], shares, errors, fmt="o-", capsize=3, color=colour, label=name)
+    for name, style in (("base, greedy", "--"), ("one evaluation on noise, greedy", ":")):
+        share = next(line["accuracy"] for line in lines if line["name"] == name)
+        axes.axhline(share, color="black", linestyle=style, linewidth=1, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([line["steps"] for line in curve], [line["steps"] for line in curve])
+    axes.set(xlabel="T, evaluations of the diffusion path per token (1: the base)", ylabel="right answers")
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(file, dpi=130)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
@@ -141,6 +163,7 @@ def main():
     parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="(default: midpoint)")
     parser.add_argument("--guidance", type=float, nargs="+", metavar="W", help="measure guidance instead, at the last of --steps")
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
+    parser.add_argument("--figure", metavar="FILE", help="draw accuracy against T")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -148,6 +171,8 @@ def main():
     tables = [run(folder, args) for folder in args.out or [last_run("model.safetensors")]]
     lines = tables[0] if len(tables) == 1 else [over_models(same) for same in zip(*tables)]
     report(lines, len(tables))
+    if args.figure:
+        draw(lines, args.figure)
 
 
 
