@@ -24,6 +24,8 @@ from transformers import (AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaC
 from transformers.generation.streamers import BaseStreamer
 
 import l2d
+import sample as sample_script
+import train as train_script
 from experiments import tiny
 from experiments.chats import load_data
 from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive,
@@ -1277,13 +1279,21 @@ def test_sampling_from_the_command_line(trained):
 
 @pytest.mark.parametrize("script, args, code, message", [
     ("train.py", ["--resume", "--out", "whole", "--sigma", "5"], 2, "the run has sigma=64.0, so --resume cannot have 5.0"),
-    ("train.py", ["--model", "base", "--data", "chats.jsonl", "--out", "whole"], 1, "already holds a run"),
-    ("train.py", ["--model", "base", "--data", "none.jsonl"], 1, "No such file or directory: 'none.jsonl'"),
-    ("sample.py", ["--out", "whole", "--steps", "8"], 1, "the nearest are 7 and 9"),
     ("sample.py", ["--out", "whole", "--label", "history"], 1, "this model knows fact, math, string")])
 def test_bad_arguments_are_one_line_not_a_stack_trace(trained, script, args, code, message):
     output = run(script, *args, cwd=trained[0], code=code)
     assert message in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("script, args, message", [
+    (train_script, ["--model", "base", "--data", "chats.jsonl", "--out", "whole"], "already holds a run"),
+    (train_script, ["--model", "base", "--data", "none.jsonl"], "No such file or directory: 'none.jsonl'"),
+    (sample_script, ["--out", "whole", "--steps", "8"], "the nearest are 7 and 9")])
+def test_bad_arguments_name_the_value(trained, script, args, message, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setattr(sys, "argv", [script.__name__, *args])
+    with pytest.raises((ValueError, OSError), match=message):
+        script.train(script.parse_args()) if script is train_script else script.main()
 
 
 def test_chats_are_split_into_turns(trained):

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from convert import convert, main
 from l2d import L2D, L2DConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                 # for models this small, threads only wait for each other
 
 CASES = [("llama", "lora", ()), ("llama", "lora", ("math", "code")), ("qwen2", "lora", ()),
          ("qwen2", "full", ()), ("qwen2", "full", ("math", "code")), ("llama", "full", ("math",))]
