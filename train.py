@@ -38,7 +38,7 @@ OPTIONS = {                                              # name: (default, defau
         "label_column": (None, "label", "column that names a row's class: trains classes, for guidance"),
         "max_length": (2048, 64, "drop examples of more tokens"),
         "validation": (512, 512, "examples held out (at most a tenth; from SmolTalk's own test split)"),
-        "out": (None, None, "output folder (default: out/NAME, or out/NAME-2, ...: nothing is overwritten)")},
+        "out": (None, None, "output folder (default: out/NAME-l2d, or out/NAME-l2d-2, ...: nothing is overwritten)")},
     "diffusion path": {
         "sigma": (64.0, 3.0, "noise scale"),
         "dim": (256, 64, "size of the diffusion state"),
@@ -72,9 +72,10 @@ def parse_args():
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, (real, tiny, text) in options.items():
-            shown = "" if real is tiny is None else f" (default: {real}; tiny: {tiny})"
+            shown = "" if tiny is None else f" (tiny: {tiny})" if real is None else f" (default: {real}; tiny: {tiny})"
             kind = int if name == "max_steps" else str if real is None else type(real)
-            group.add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown, default=argparse.SUPPRESS)
+            group.add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown, default=argparse.SUPPRESS,
+                               choices=("bfloat16", "float32") if name == "dtype" else None)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out (default: the last one)")
     given = vars(parser.parse_args())
     args = {k: row["model" not in given] for group in OPTIONS.values() for k, row in group.items()}
@@ -217,7 +218,7 @@ def build(args):
     model = L2D(L2DConfig(base_model=args.model, class_names=labels, **{k: getattr(args, k) for k in keys}), base).train()
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
     name = os.path.basename(os.path.normpath(args.model)) + "-l2d"
-    args.out = args.out or next(f"out/{name}{n}" for n in ("", *range(2, 10_000)) if not os.path.exists(f"out/{name}{n}"))
+    args.out = args.out or next(f"out/{name}{n}" for n in ("", *range(-2, -10_000, -1)) if not os.path.exists(f"out/{name}{n}"))
     if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
         raise ValueError(f"{args.out} already holds a run: continue it with --resume, or give another --out")
     return model, tokenizer, train, held_out
