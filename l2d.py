@@ -690,7 +690,7 @@ class L2D(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None, seeds=None,
-                num_items_in_batch=None, return_dict=True):
+                num_items_in_batch=None, **passed_along):     # what `generate` hands every model: return_dict, tokenizer, ...
         """With labels [B, S]: the training loss, averaged over labelled tokens (or divided by num_items_in_batch).
         Without: the next-token logits [B, N, V] after `steps` evaluations at every kept position, all in parallel.
 

@@ -1162,6 +1162,18 @@ def test_nothing_to_load_and_nowhere_to_save(tmp_path):
         tiny_l2d().save_pretrained(str(tmp_path / "file"))
 
 
+def test_generation_stops_at_a_string_and_returns_several_sequences():
+    tokenizer = tiny.make_tokenizer()
+    model = tiny_l2d(base=tiny_base(vocab_size=len(tokenizer)))
+    ids, options = torch.tensor([[5, 6, 7]]), dict(seeds=SEEDS[:1], do_sample=False, max_new_tokens=8, pad_token_id=0)
+    whole = model.generate(ids, **options)[0, 3:]
+    stop = tokenizer.decode(whole[2:3])
+    stopped = model.generate(ids, **options, stop_strings=[stop], tokenizer=tokenizer)[0, 3:]
+    first = [tokenizer.decode([token]) for token in whole].index(stop)
+    assert stopped.tolist() == whole[:first + 1].tolist()
+    assert model.generate(ids, **options | dict(do_sample=True, num_return_sequences=3)).shape == (3, 11)
+
+
 # ---- Bad inputs ------------------------------------------------------------------------------------------------------
 
 def test_unsupported_architecture():
