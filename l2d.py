@@ -240,6 +240,8 @@ class DiffusionVocabulary(nn.Module):
         self._cached = None
 
     def forward(self, embeddings):                       # [.., D] -> [.., d]
+        if torch.is_grad_enabled():                      # training: a fused optimizer changes W_v without a trace in _version
+            self._cached = None
         z = self.proj(embeddings.float())
         return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1, eps=1e-12)
 
@@ -467,7 +469,6 @@ class L2D(PreTrainedModel, GenerationMixin):
 
     config_class = L2DConfig
     base_model_prefix = "base"
-    main_input_name = "input_ids"
     _supports_sdpa = True
 
     def __init__(self, config, base):
@@ -476,6 +477,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
+        self.generation_config.disable_compile = True    # on CUDA with a static cache `generate` would compile all of this
         self.evaluations = None                          # [M] path evaluations of each position in the last forward
         D, d, C = base.config.hidden_size, config.dim, config.cond_dim
         with base.device:
@@ -541,16 +543,16 @@ class L2D(PreTrainedModel, GenerationMixin):
         rows, columns = keep.nonzero(as_tuple=True)
         slots = rows * N + (keep.cumsum(1) - 1)[keep]
         column = (past + columns).new_zeros(B * N).index_copy(0, slots, past + columns).view(B, 1, N, 1)
-        key = torch.arange(length, device=keep.device)
+        key = torch.arange(-(-length // 8) * 8, device=keep.device)  # CUDA's kernels copy masks whose rows are not aligned
         see = key <= column
         if attention_mask is not None:
-            see = see & F.pad(attention_mask.bool(), (0, length - attention_mask.shape[1]))[:, None, None]
+            see = see & F.pad(attention_mask.bool(), (0, len(key) - attention_mask.shape[1]))[:, None, None]
         see = see | (key == column)                      # a query on padding sees itself: unused, but finite
         config, masks = self.base.config, {}
         for window in set(self.windows()):
             hidden = ~see if window is None else ~see | (key <= column - window)
             mask = torch.zeros(hidden.shape, dtype=self.base.dtype, device=keep.device).masked_fill(hidden, -math.inf)
-            masks[window] = mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)
+            masks[window] = mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)[..., :length]
         return [masks[window] for window in self.windows()], slots, N
 
     def windows(self):
@@ -579,7 +581,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         """One evaluation of the path: x_t [M, d] and t (a float, or [M, 1]) -> hidden state [M, D] before the final norm.
 
         hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).view(-1, 1)
+        t = t if torch.is_tensor(t) else x_t.new_full((1, 1), t)
         c = self.condition(t, context.class_ids)
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
         for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
