@@ -94,7 +94,7 @@ def example_questions(model):
 
 def load(args):
     """(model, tokenizer) of --out, with the settings of the command line."""
-    folder = args.out or last_run("model.safetensors")
+    folder = args.out or last_run("config.json", containing='"model_type": "l2d"')
     settings = {"steps": args.steps, "solver": args.solver, "velocity": args.velocity, "guidance": args.guidance}
     model = L2D.from_pretrained(folder, **settings)
     if model.num_parameters() < 10_000_000:

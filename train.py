@@ -3,6 +3,7 @@
     python train.py                                              a tiny model and questions made on the spot, on two CPU cores
     python train.py --model meta-llama/Llama-3.2-1B-Instruct     the paper's recipe, on its five subsets of SmolTalk
     python train.py --model Qwen/Qwen2.5-1.5B-Instruct --data chats.jsonl --max-length 1024 --micro-batch-size 2
+    python train.py --method lora                                the baseline: finetune the base itself
     python train.py --resume                                     continue the last run after a crash or Ctrl-C
 
 --data takes a .jsonl file, or a hub data set as NAME, NAME:SUBSET or NAME:SUBSET:SPLIT. A row holds either
@@ -27,9 +28,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from experiments.chats import load_data, permutation
+from experiments.flops import peak_flops, update_flops
 from l2d import IGNORE, L2D, L2DConfig
 
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}    # dense bf16 FLOP/s, data sheets
+CHOICES = {"dtype": ("bfloat16", "float32"), "method": ("l2d", "lora", "full")}
 
 OPTIONS = {                                              # name: (default, default of the tiny model, help)
     "model and data": {
@@ -40,6 +42,7 @@ OPTIONS = {                                              # name: (default, defau
         "validation": (512, 512, "examples held out (at most a tenth; from SmolTalk's own test split)"),
         "out": (None, None, "output folder (default: out/NAME-l2d, or out/NAME-l2d-2, ...: nothing is overwritten)")},
     "diffusion path": {
+        "method": ("l2d", "l2d", "l2d; or lora, full: finetune the base itself, for comparison"),
         "sigma": (64.0, 3.0, "noise scale"),
         "dim": (256, 64, "size of the diffusion state"),
         "cond_dim": (256, 64, "size of the conditioning vector"),
@@ -75,7 +78,7 @@ def parse_args():
             shown = "" if tiny is None else f" (tiny: {tiny})" if real is None else f" (default: {real}; tiny: {tiny})"
             kind = int if name == "max_steps" else str if real is None else type(real)
             group.add_argument("--" + name.replace("_", "-"), type=kind, help=text + shown, default=argparse.SUPPRESS,
-                               choices=("bfloat16", "float32") if name == "dtype" else None)
+                               choices=CHOICES.get(name))
     parser.add_argument("--resume", action="store_true", help="continue the run in --out (default: the last one)")
     given = vars(parser.parse_args())
     args = {k: row["model" not in given] for group in OPTIONS.values() for k, row in group.items()}
@@ -92,9 +95,10 @@ def parse_args():
     return argparse.Namespace(**args)
 
 
-def last_run(filename):
-    """The folder in out/ whose `filename` was written last."""
+def last_run(filename, containing=""):
+    """The folder in out/ whose text file `filename`, with the text `containing` in it, was written last."""
     found = sorted(Path("out").glob(f"*/{filename}"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if containing in path.read_text(encoding="utf-8")]
     if not found:
         raise OSError("there is no run in out/ yet: start one with `python train.py`, or name a folder with --out")
     return found[-1].parent
@@ -156,7 +160,7 @@ def learning_rate(step, args):
 @torch.no_grad()
 def validate(model, data, args, pad):
     """Loss in five bands of t, and teacher-forced accuracy (is the most likely token the right one?) at T = 1 and T = 15."""
-    losses, times, right = [], [], {1: [], 15: []}
+    losses, times, right = [], [], {T: [] for T in ([1, 15] if args.method == "l2d" else [1])}
     model.eval()
     for inputs in micro_batches([(e, i) for i, e in enumerate(data)], args, pad, model):
         for found, value in zip((losses, times), model.token_losses(**inputs)):
@@ -169,7 +173,7 @@ def validate(model, data, args, pad):
     model.train()
     losses, bands = torch.cat(losses), (torch.cat(times) * 5).long()
     result = {"val_loss": losses.mean().item()}
-    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5)}
+    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5) if args.method == "l2d"}
     return result | {f"accuracy_T{T}": torch.cat(hits).mean().item() for T, hits in right.items()}
 
 
@@ -215,9 +219,13 @@ def build(args):
     labels = sorted({e["label"] for e in train if e["label"] is not None}) if args.label_column else []
     torch.manual_seed(args.seed)
     keys = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps", "class_dropout")
-    model = L2D(L2DConfig(base_model=args.model, class_names=labels, **{k: getattr(args, k) for k in keys}), base).train()
+    if args.method == "l2d":
+        model = L2D(L2DConfig(base_model=args.model, class_names=labels, **{k: getattr(args, k) for k in keys}), base).train()
+    else:
+        from experiments.finetune import Finetuned
+        model = Finetuned(base, args.method, args.lora_rank, args.lora_alpha)
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
-    name = os.path.basename(os.path.normpath(args.model)) + "-l2d"
+    name = os.path.basename(os.path.normpath(args.model)) + f"-{args.method}"
     args.out = args.out or next(f"out/{name}{n}" for n in ("", *range(-2, -10_000, -1)) if not os.path.exists(f"out/{name}{n}"))
     if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
         raise ValueError(f"{args.out} already holds a run: continue it with --resume, or give another --out")
@@ -231,22 +239,13 @@ def open_log(file, step):
     return open(file, "a", encoding="utf-8", buffering=1)
 
 
-def flops(model, line):
-    """Floating-point operations that an update cannot do without: the main path forward on all tokens; path and head forward
-    and backward (for the activations alone: the weights are frozen) on answer tokens; 2 per weight and token."""
-    body = sum(p.numel() for p in model.base.model.layers.parameters())
-    head = model.base.lm_head.weight.numel()
-    trained = sum(p.numel() for p in model.path_parameters().values())
-    return 2 * body * line["tokens"] + (4 * (body + head) + 6 * trained) * line["answers"]
-
-
 def report(line, seconds, model, args):
     """What the progress bar shows of an update."""
     shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.1e}", "tok/s": f"{line['tokens'] / seconds:,.0f}"}
     if args.device.startswith("cuda"):
-        peak = [value for name, value in PEAK.items() if name in torch.cuda.get_device_name(args.device)]
-        if peak:
-            shown["peak"] = f"{flops(model, line) / seconds / peak[0]:.0%}"
+        peak = peak_flops(torch.cuda.get_device_name(args.device))
+        if peak and args.method == "l2d":
+            shown["peak"] = f"{update_flops(model, line['tokens'], line['answers']) / seconds / peak:.0%}"
         shown["GB"] = f"{torch.cuda.max_memory_allocated(args.device) / 1e9:.1f}"
     return shown
 
@@ -287,7 +286,7 @@ def train(args):
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
         sys.exit(130)
     model.save_pretrained(out)
-    print(f"saved in {out}/; now: python sample.py --out {out} --steps 127")
+    print(f"saved in {out}/; now: python {'sample.py --steps 127 --out' if args.method == 'l2d' else 'train.py --model'} {out}")
 
 
 if __name__ == "__main__":

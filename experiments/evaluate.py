@@ -1,36 +1,41 @@
 """Accuracy of a tiny L2D against the number of steps, beside the lines that keep the comparison honest.
 
     python experiments/evaluate.py                                   the last model trained by `python train.py`
-    python experiments/evaluate.py --out out/tiny-base-l2d out/tiny-base-1-l2d out/tiny-base-2-l2d        several seeds
+    python experiments/evaluate.py --seeds 0 1 2                     the models of `python train.py --seed 0`, 1 and 2
+    python experiments/evaluate.py --out out/tiny-base-lora          an ordinary checkpoint: sampled and greedy
     python experiments/evaluate.py --solver bosh3                    adaptive: evaluations per token are reported
     python experiments/evaluate.py --guidance 0 0.5 1 1.5 2 3        the questions that only the label decides
+    python experiments/evaluate.py --beams 1 5 15 --steps 1 3 15     beam search, at T evaluations for every beam
 
 A question is right if the whole generated answer is. The questions are fresh (see `held_out` in experiments/tiny.py), a third
 of each kind. Of one model the interval is Wilson's over its questions, at 95%; of several, Student's over the models' own
 accuracies, which is wider and the one that speaks for other seeds. "sampled" draws the last token of the diffusion at
 temperature 1, the paper's protocol; "greedy" takes the most likely one. Two controls need no iteration at all: the base,
 greedy, and one single evaluation of the path on pure noise, at the best of nine times t (chosen on 300 other questions).
-Results are appended as JSON lines to results.jsonl in each model's folder. --figure FILE draws accuracy against T (it needs
-matplotlib: pip install -r experiments/requirements.txt).
+Every result is a JSON line of results.jsonl in the model's folder, and is read from there the next time (--again measures
+anew). --figure FILE draws accuracy against T (it needs matplotlib: pip install -r experiments/requirements.txt).
 """
 
 import argparse
 import json
 import math
 import sys
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import render
 from experiments.tiny import KINDS, questions
-from l2d import L2D, TABLEAUS
+from l2d import L2D, TABLEAUS, VELOCITIES
 from sample import Sampler
 from train import last_run
+
+TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single evaluation
 
 
 def interval(right, n):
@@ -40,98 +45,150 @@ def interval(right, n):
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
+def student(values):
+    """The mean of a few independent values, and half of Student's 95% interval for it."""
+    n, mean = len(values), sum(values) / len(values)
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.6)
+    return mean, t * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+# ---- One model, and what has been measured of it ---------------------------------------------------------------------
+
+class Bench:
+    """A trained model (an L2D or an ordinary checkpoint) with its results.jsonl: `measure` reads there or measures."""
+
+    def __init__(self, folder, again=False):
+        self.folder, self.file = folder, Path(folder) / "results.jsonl"
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() and not again else []
+        self.known = {self.key(line): line for line in map(json.loads, lines)}
+
+    @staticmethod
+    def key(line):
+        return json.dumps([line["name"], line["n"], line["seed"], line["kinds"], line["settings"]], sort_keys=True)
+
+    @cached_property
+    def loaded(self):
+        """(model, tokenizer); the model's own `diffuse` and configuration are what settings change."""
+        return AutoModelForCausalLM.from_pretrained(self.folder).eval(), AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def is_l2d(self):
+        return json.loads((Path(self.folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == "l2d"
+
+    def record(self, line):
+        """Append a result to the file."""
+        self.known[self.key(line)] = line
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+    def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], **settings):
+        """The line of these settings: accuracy on n fresh questions, with its interval and evaluations per token."""
+        line = {"name": name, "n": n, "seed": seed, "kinds": list(kinds), "settings": settings}
+        if self.key(line) in self.known:
+            return self.known[self.key(line)]
+        rows = questions(n, seed=f"test {seed}", test=True, kinds=kinds, shares=None)
+        group = "label" if settings.get("labels") else "kind"
+        parts = {kind: [row for row in rows if row[group] == kind] for kind in dict.fromkeys(row[group] for row in rows)}
+        found = {kind: ask(*self.loaded, part, seed, **settings) for kind, part in sorted(parts.items())}
+        right = sum(sum(hits) for hits, _ in found.values())
+        return self.record(line | {
+            "accuracy": right / n, "interval": list(interval(right, n)), "evaluations": sum(e for _, e in found.values()) / len(found),
+            "by_kind": {k: sum(hits) / len(hits) for k, (hits, _) in found.items()},
+            "evaluations_by_kind": {k: e for k, (_, e) in found.items()}})
+
+
 @torch.no_grad()
-def ask(model, tokenizer, rows, temperature, seed, labels=False):
-    """Answer questions of one kind, all of the same length, in one batch: (share of right answers, evaluations per token)."""
+def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, single=None, **settings):
+    """Answer questions of one kind in one batch, with these settings of the model: (which are right, evaluations per token).
+
+    `single` answers with one evaluation of the path at that time, where x_t is noise alone: no iteration."""
     prompts = [render(tokenizer, row["messages"][:1]) for row in rows]
     inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")
     seeds = torch.arange(len(rows)) + seed * 1_000_003
-    classes = torch.tensor([model.config.class_names.index(row["label"]) for row in rows]) if labels else None
     sampler = Sampler(model, temperature, seeds)
+    model.__dict__.pop("diffuse", None)                  # undo an earlier `single`
+    if isinstance(model, L2D):
+        vars(model.config).update({"solver": "midpoint", "velocity": "argmax", "guidance": 1.0, "t_end": None} | settings)
+        classes = torch.tensor([model.config.class_names.index(row["label"]) for row in rows]) if labels else None
+        inputs |= {"seeds": seeds, "class_ids": classes}
+    if single is not None:
+        model.diffuse = lambda context, steps=None, observe=None: (
+            model.logits((1 - single) * model.noise(context), single, context), torch.ones_like(context.slots))
     longest = max(len(row["messages"][1]["content"]) for row in rows) + 1
-    ids = model.generate(**inputs, seeds=seeds, class_ids=classes, do_sample=False, logits_processor=[sampler],
-                         max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id)
+    search = {"num_beams": beams, "length_penalty": 1.0} if beams > 1 else {"logits_processor": [sampler]}
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **search)
     answers = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-    right = [answer == row["messages"][1]["content"] for answer, row in zip(answers, rows)]
-    return sum(right), torch.cat(sampler.evaluations).float().mean().item()
+    used = torch.cat(sampler.evaluations).float().mean().item() if sampler.evaluations else beams * settings.get("steps", 1)
+    return [answer == row["messages"][1]["content"] for answer, row in zip(answers, rows)], used
+
+
+# ---- What to measure -------------------------------------------------------------------------------------------------
+
+def table(bench, args):
+    """The lines that the options ask for, of one model."""
+    plan = list(lines_of(bench, args))
+    return [bench.measure(name, args.questions, args.seed, **what)
+            for name, what in tqdm(plan, desc=f"evaluating {bench.folder}", disable=None)]
+
+
+def lines_of(bench, args):
+    """(name, settings) of every line, in order."""
+    both = ((1.0, "sampled"), (0.0, "greedy"))
+    others = {k: v for k, v in (("velocity", args.velocity), ("t_end", args.t_end), ("solver", args.solver)) if v}
+    if not bench.is_l2d:
+        return [(f"{Path(bench.folder).name}, {kind}", {"temperature": tau}) for tau, kind in both]
+    if args.guidance:
+        return [(f"guidance {w:g}", {"guidance": w, "steps": args.steps[-1], "kinds": KINDS[3:], "labels": True}) for w in args.guidance]
+    if args.beams:
+        return [(f"T = {T}, {beams} beams", {"steps": T, "beams": beams, "temperature": 0.0}) for T in args.steps for beams in args.beams]
+    if args.solver and TABLEAUS[args.solver].error:
+        return [(f"{args.solver}, {tol:g}, {kind}", {"steps": 2, "temperature": tau, "atol": tol, "rtol": tol, **others})
+                for tol in args.tolerances for tau, kind in both]
+    told = "".join(f", {k}={v}" for k, v in others.items())
+    lines = [(f"base, {kind}" if T == 1 else f"T = {T}{told}, {kind}", {"steps": T, "temperature": tau, **(others if T > 1 else {})})
+             for T in args.steps for tau, kind in both]
+    t = best_time(bench)
+    return lines + [(f"one evaluation on noise, {kind}", {"single": t, "temperature": tau}) for tau, kind in both]
+
+
+def best_time(bench):
+    """The time at which one evaluation of the path on noise answers best, greedily, on 300 other questions."""
+    tried = {t: bench.measure("best time", 300, 1, single=t, temperature=0.0)["accuracy"]
+             for t in tqdm(TIMES, desc="the best time for a single evaluation", disable=None)}
+    return max(tried, key=tried.get)
 
 
 def over_models(lines):
     """The mean of the same line of several models, with Student's 95% interval for the mean of all possible ones."""
-    shares, n = [line["accuracy"] for line in lines], len(lines)
-    mean = sum(shares) / n
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(n, 2.6)
-    half = t * math.sqrt(sum((share - mean) ** 2 for share in shares) / (n - 1) / n)
-    by_kind = {kind: sum(line["by_kind"][kind] for line in lines) / n for kind in lines[0]["by_kind"]}
+    mean, half = student([line["accuracy"] for line in lines])
+    by_kind = {kind: sum(line["by_kind"][kind] for line in lines) / len(lines) for kind in lines[0]["by_kind"]}
     return lines[0] | {"accuracy": mean, "interval": (mean - half, mean + half), "by_kind": by_kind,
-                       "evaluations": sum(line["evaluations"] for line in lines) / n}
+                       "evaluations": sum(line["evaluations"] for line in lines) / len(lines)}
 
 
-def measure(model, tokenizer, rows, args, **what):
-    """One line of the table: all kinds of `rows`, each in a batch of its own."""
-    line = {"seed": args.seed, "n": len(rows), **what, "by_kind": {}}
-    right, spent = 0, []
-    for kind in sorted({row["kind"] for row in rows}):
-        part = [row for row in rows if row["kind"] == kind]
-        hits, evaluations = ask(model, tokenizer, part, what["temperature"], args.seed, labels=what.get("labels", False))
-        line["by_kind"][kind] = hits / len(part)
-        right, spent = right + hits, spent + [evaluations]
-    line |= {"accuracy": right / len(rows), "interval": interval(right, len(rows)), "evaluations": sum(spent) / len(spent)}
-    return line
+def differences(tables):
+    """Pairs of lines compared within each model, which takes the models' own level out: (text, mean, half an interval)."""
+    pairs = (("T = 15, sampled", "base, sampled"), ("T = 15, sampled", "base, greedy"), ("T = 15, sampled", "T = 3, sampled"),
+             ("T = 15, greedy", "one evaluation on noise, greedy"))
+    for one, other in pairs:
+        accuracy = [{line["name"]: line["accuracy"] for line in lines} for lines in tables]
+        if all(one in known and other in known for known in accuracy):
+            yield f"{one} - {other}", *student([known[one] - known[other] for known in accuracy])
 
 
-def single_evaluation(model, t):
-    """Make the model answer with one evaluation of the path at time t, where x_t is noise alone: no iteration."""
-    def diffuse(context, steps=None, observe=None):
-        return model.logits((1 - t) * model.noise(context), t, context), torch.ones_like(context.slots)
-    model.diffuse = diffuse
-
-
-def plan(args):
-    """What to measure, in order: (name, settings of the model, temperature, whether the label is given)."""
-    if args.guidance:
-        for w in args.guidance:
-            yield f"guidance {w:g}", {"guidance": w, "steps": args.steps[-1]}, 1.0, True
-        return
-    adaptive = bool(TABLEAUS[args.solver].error)
-    for T in [2] if adaptive else args.steps:
-        for temperature in (1.0, 0.0):
-            name = args.solver if adaptive else "base" if T == 1 else f"T = {T}"
-            yield f"{name}, {'sampled' if temperature else 'greedy'}", {"steps": T}, temperature, False
-
-
-def run(folder, args):
-    """All lines of the table for one trained model, which are also appended to its results.jsonl."""
-    model, tokenizer = L2D.from_pretrained(folder, solver=args.solver), AutoTokenizer.from_pretrained(folder)
-    kinds = KINDS[3:] if args.guidance else KINDS[:3]
-    rows = questions(args.questions, seed=f"test {args.seed}", test=True, kinds=kinds, shares=None)
-    lines = []
-    for name, settings, temperature, labels in tqdm(list(plan(args)), desc="evaluating"):
-        vars(model.config).update(settings)
-        lines.append(measure(model, tokenizer, rows, args, name=name, solver=args.solver, temperature=temperature,
-                             labels=labels, **settings))
-    if not args.guidance and not TABLEAUS[args.solver].error:
-        tried = questions(300, seed="validation", test=True, kinds=kinds, shares=None)
-        best = (-1, None)
-        for t in tqdm([0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6], desc="the best time for a single evaluation"):
-            single_evaluation(model, t)
-            best = max(best, (measure(model, tokenizer, tried, args, temperature=0.0)["accuracy"], t))
-        single_evaluation(model, best[1])
-        lines += [measure(model, tokenizer, rows, args, name=f"one evaluation on noise, {kind}", temperature=tau, t=best[1])
-                  for tau, kind in ((1.0, "sampled"), (0.0, "greedy"))]
-    with open(Path(folder) / "results.jsonl", "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    return lines
-
-
-def report(lines, models):
+def report(tables):
+    lines = tables[0] if len(tables) == 1 else [over_models(same) for same in zip(*tables)]
     kinds = list(lines[0]["by_kind"])
     print(f"\n{'':34}{'all':>6}  {'95% interval':>14}" + "".join(f"{kind:>9}" for kind in kinds) + f"{'evaluations':>13}")
     for line in lines:
         low, high = line["interval"]
         print(f"{line['name']:34}{line['accuracy']:6.1%}  {low:6.1%}, {high:6.1%}"
               + "".join(f"{line['by_kind'][kind]:9.1%}" for kind in kinds) + f"{line['evaluations']:13.1f}")
-    print(f"n = {lines[0]['n']} questions for each of {models} trained models, seed {lines[0]['seed']}")
+    print(f"n = {lines[0]['n']} questions for each of {len(tables)} trained models, seed {lines[0]['seed']}")
+    for text, mean, half in differences(tables) if len(tables) > 1 else ():
+        print(f"{text}: {100 * mean:+.1f} points ({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f} over the models)")
+    return lines
 
 
 def draw(lines, file):
@@ -139,15 +196,15 @@ def draw(lines, file):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for temperature, name, colour in ((1.0, "last token sampled", "tab:blue"), (0.0, "last token greedy", "tab:orange")):
-        curve = [line for line in lines if "steps" in line and line["temperature"] == temperature]
-        shares = [line["accuracy"] for line in curve]
+        curve = [line for line in lines if "steps" in line["settings"] and line["settings"]["temperature"] == temperature]
+        shares, steps = [line["accuracy"] for line in curve], [line["settings"]["steps"] for line in curve]
         errors = [[s - l["interval"][0] for s, l in zip(shares, curve)], [l["interval"][1] - s for s, l in zip(shares, curve)]]
-        axes.errorbar([line["steps"] for line in curve], shares, errors, fmt="o-", capsize=3, color=colour, label=name)
+        axes.errorbar(steps, shares, errors, fmt="o-", capsize=3, color=colour, label=name)
     for name, style in (("base, greedy", "--"), ("one evaluation on noise, greedy", ":")):
         share = next(line["accuracy"] for line in lines if line["name"] == name)
         axes.axhline(share, color="black", linestyle=style, linewidth=1, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([line["steps"] for line in curve], [line["steps"] for line in curve])
+    axes.set_xticks(steps, steps)
     axes.set(xlabel="T, evaluations of the diffusion path per token (1: the base)", ylabel="right answers")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(alpha=0.3)
@@ -155,26 +212,43 @@ def draw(lines, file):
     figure.savefig(file, dpi=130)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of --out: the tiny models of these training seeds")
     parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 7, 15, 31], help="T (default: 1 3 7 15 31)")
-    parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="(default: midpoint)")
+    parser.add_argument("--solver", choices=TABLEAUS, help="(default: midpoint)")
+    parser.add_argument("--velocity", choices=VELOCITIES, help="(default: argmax)")
+    parser.add_argument("--t-end", type=float, help="where the integration stops (default: the solver's)")
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[3e-4], help="of an adaptive solver (default: 3e-4)")
     parser.add_argument("--guidance", type=float, nargs="+", metavar="W", help="measure guidance instead, at the last of --steps")
+    parser.add_argument("--beams", type=int, nargs="+", metavar="K", help="measure beam search instead, at all --steps")
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure anew what results.jsonl already has")
     parser.add_argument("--figure", metavar="FILE", help="draw accuracy against T")
-    args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    return parser.parse_args()
+
+
+def folders(args):
+    """The models that --out or --seeds name; without either the last one trained."""
+    if args.seeds is not None:
+        return [f"out/tiny-base{f'-{seed}' if seed else ''}-l2d" for seed in args.seeds]
+    return args.out or [last_run("config.json", containing='"model_type": "l2d"')]
+
+
+def main():
+    args = parse_args()
     torch.set_num_threads(1)                             # for models this small, threads only wait for each other
-    tables = [run(folder, args) for folder in args.out or [last_run("model.safetensors")]]
-    lines = tables[0] if len(tables) == 1 else [over_models(same) for same in zip(*tables)]
-    report(lines, len(tables))
+    lines = report([table(Bench(folder, args.again), args) for folder in folders(args)])
     if args.figure:
         draw(lines, args.figure)
 
 
-
 if __name__ == "__main__":
-    main()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        main()
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"evaluate.py: error: {error}")
