@@ -6,6 +6,7 @@
     python experiments/evaluate.py --solver bosh3                    adaptive: evaluations per token are reported
     python experiments/evaluate.py --guidance 0 0.5 1 1.5 2 3        the questions that only the label decides
     python experiments/evaluate.py --beams 1 5 15 --steps 1 3 15     beam search, at T evaluations for every beam
+    python experiments/evaluate.py --tasks gsm8k,mmlu --steps 1 15   standard benchmarks instead: see experiments/harness.py
 
 A question is right if the whole generated answer is. The questions are fresh (see `held_out` in experiments/tiny.py), a third
 of each kind. Of one model the interval is Wilson's over its questions, at 95%; of several, Student's over the models' own
@@ -227,10 +228,12 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure anew what results.jsonl already has")
     parser.add_argument("--figure", metavar="FILE", help="draw accuracy against T")
+    from experiments import harness                      # not above: it needs this file
+    harness.add_arguments(parser)
     return parser.parse_args()
 
 
-def folders(args):
+def model_folders(args):
     """The models that --out or --seeds name; without either the last one trained."""
     if args.seeds is not None:
         return [f"out/tiny-base{f'-{seed}' if seed else ''}-l2d" for seed in args.seeds]
@@ -239,8 +242,11 @@ def folders(args):
 
 def main():
     args = parse_args()
+    if args.tasks:
+        from experiments.harness import evaluate
+        return evaluate(args, model_folders(args))
     torch.set_num_threads(1)                             # for models this small, threads only wait for each other
-    lines = report([table(Bench(folder, args.again), args) for folder in folders(args)])
+    lines = report([table(Bench(folder, args.again), args) for folder in model_folders(args)])
     if args.figure:
         draw(lines, args.figure)
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.evaluate import Bench, folders
+from experiments.evaluate import Bench, model_folders
 from experiments.tiny import KINDS, encode, questions
 from l2d import IGNORE
 
@@ -143,7 +143,7 @@ def main():
     parser.add_argument("--again", action="store_true", help="measure anew what results.jsonl already has")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    report([measure(Bench(folder, args.again), args.questions, args.seed) for folder in folders(args)])
+    report([measure(Bench(folder, args.again), args.questions, args.seed) for folder in model_folders(args)])
     print(f"n = {args.questions} questions for each model, seed {args.seed}")
 
 
