@@ -88,9 +88,8 @@ def run(command):
 
 def run_all(workers):
     """All chains, `workers` at a time, after the seeds' bases have been made."""
-    for seed in SEEDS:
-        if not (ROOT / base(seed) / "model.safetensors").exists():
-            run(f"experiments/tiny.py --seed {seed}")
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run, [f"experiments/tiny.py --seed {seed}" for seed in SEEDS]))
     rows = (ROOT / base(0) / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (ROOT / base(0) / "without-fact.jsonl").write_text("".join(row for row in rows if json.loads(row)["kind"] != "fact"), encoding="utf-8")
     with ThreadPoolExecutor(workers) as pool:
@@ -216,7 +215,7 @@ def write_tables(results, file):
 # ---- Figures ---------------------------------------------------------------------------------------------------------
 
 def percent(axes, axis="y"):
-    getattr(axes, f"{axis}axis").set_major_formatter(lambda value, _: f"{value:.0%}")
+    getattr(axes, f"{axis}axis").set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 
 def errorbar(axes, x, groups, **style):
@@ -243,7 +242,7 @@ def draw_accuracy(results, plt):
              title="Tiny default: mean of three seeds, Student's 95% interval")
     percent(axes)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right", bbox_to_anchor=(1.0, 0.62), fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
     return figure
 
 
