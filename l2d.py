@@ -71,6 +71,7 @@ class L2DConfig(PretrainedConfig):
     path             "lora", "full" (trained copies of the five layers) or "scratch" (copies, freshly initialised)
     class_names      names of the J classes for guidance; empty for none. class_dropout: share trained without class
     timesteps        how training draws t: "uniform" or "cosmap"
+    self_condition   whether the path also sees its estimate x̂ of the evaluation before (not in the paper; README, "hops")
 
     steps, solver    T, and "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive: any T but 1 is ignored)
     velocity         x̂ is x_1 of the most likely token ("argmax"), of a sampled one ("sample"), or the "expectation"
@@ -81,7 +82,7 @@ class L2DConfig(PretrainedConfig):
 
     def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32,
                  lora_alpha=32.0, class_names=(), class_dropout=0.2, timesteps="uniform",
-                 steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_end=None, atol=3e-4, rtol=3e-4,
+                 self_condition=False, steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_end=None, atol=3e-4, rtol=3e-4,
                  max_evaluations=1000, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
@@ -89,6 +90,7 @@ class L2DConfig(PretrainedConfig):
         self.dim, self.cond_dim, self.sigma = dim, cond_dim, sigma
         self.path, self.lora_rank, self.lora_alpha = path, lora_rank, lora_alpha
         self.class_names, self.class_dropout, self.timesteps = list(class_names), class_dropout, timesteps
+        self.self_condition = bool(self_condition)
         self.steps, self.solver, self.velocity, self.guidance = steps, solver, velocity, guidance
         self.t_end, self.atol, self.rtol, self.max_evaluations = t_end, atol, rtol, max_evaluations
         super().__init__(**kwargs)
@@ -114,6 +116,8 @@ class L2DConfig(PretrainedConfig):
                 ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
                 ("max_evaluations", self.max_evaluations >= 2, "must be 2 or more: the first evaluation and the answer"),
                 ("guidance", 0 <= self.guidance < math.inf, "must be 0 or more"),
+                ("solver", not (self.self_condition and TABLEAUS[self.solver].error), "chooses the steps of every row, and "
+                 "with self_condition a row's estimates must come at the same times as all others': use a fixed solver"),
                 ("guidance", self.guidance == 1 or self.class_names, "needs classes, and this model has none; use 1")):
             if not good:
                 raise ValueError(f"{name}={getattr(self, name)} {rule}")
@@ -159,7 +163,7 @@ def _mix(x):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-TIME, NOISE, DROP, TOKEN = 0, 1, 2, 3                    # streams: for t, x_0, dropped classes, sampled tokens
+TIME, NOISE, DROP, TOKEN, EARLIER, SHOWN = range(6)      # streams: for t, x_0, dropped classes, sampled tokens, `recall`
 
 
 def uniform(seeds, positions, stream, n):
@@ -279,6 +283,7 @@ class Context:
     seeds: torch.Tensor                                  # [M] with the position: the address of the query's noise
     positions: torch.Tensor                              # [M]
     class_ids: torch.Tensor | None                       # [M], None for a model without classes
+    previous: torch.Tensor | None = None                 # [M, d] the estimate x̂ of the evaluation before (None: there was none)
 
     def with_null(self, null):
         """Every query twice, with its class and with the null class: two queries on the same keys and values."""
@@ -483,6 +488,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         with base.device:
             self.vocabulary = DiffusionVocabulary(base.get_input_embeddings(), d)
             self.x_embedder = mlp(d, C, D)
+            if config.self_condition:
+                self.previous_embedder = mlp(d, C, D, init="zero")
             self.t_embedder = mlp(C, C, C, init="normal")
             if config.class_names:
                 self.class_embedder = nn.Embedding(len(config.class_names) + 1, C)
@@ -584,6 +591,9 @@ class L2D(PreTrainedModel, GenerationMixin):
         t = t if torch.is_tensor(t) else x_t.new_full((1, 1), t)
         c = self.condition(t, context.class_ids)
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
+        if self.config.self_condition:
+            previous = torch.zeros_like(x_t) if context.previous is None else context.previous
+            f = f + self.previous_embedder(previous.to(f.dtype))
         for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
             f = block(f, c, layer, context, i)
         weight = self.output_weight(c) - self.output_weight(self.condition(torch.zeros_like(t), context.class_ids))
@@ -616,8 +626,23 @@ class L2D(PreTrainedModel, GenerationMixin):
         if self.config.timesteps == "cosmap":
             t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
         x_1 = self.vocabulary(self.base.get_input_embeddings()(targets))          # not detached: the loss trains W_v too
-        x_t = (1 - t) * self.noise(context) + t * x_1
+        x_0 = self.noise(context)
+        if self.config.self_condition:
+            context.previous = self.recall(x_0, x_1, t, context)
+        x_t = (1 - t) * x_0 + t * x_1
         return self.cross_entropy(self.path(x_t, t, context), targets), t[:, 0]
+
+    @torch.no_grad()
+    def recall(self, x_0, x_1, t, context):
+        """What training shows as the previous estimate, [M, d]: for two positions in five the LM's own guess (the estimate at
+        t = 0), for two the path's answer to that guess at an earlier time, else nothing. So it learns from wrong ones too."""
+        table = self.vocabulary.table(self.base.get_input_embeddings())
+        believed = lambda hidden: table[torch.cat([self.base.lm_head(h).argmax(-1) for h in hidden.split(1024)])]
+        guess, draw = believed(context.normed), lambda stream: uniform(context.seeds, context.positions, stream, 1)
+        earlier, shown = draw(EARLIER) * t, draw(SHOWN)
+        x_t = (1 - earlier) * x_0 + earlier * x_1
+        answer = believed(self.base.model.norm(self.path(x_t, earlier, replace(context, previous=guess))))
+        return torch.where(shown < 0.4, guess, answer) * (shown < 0.8)
 
     def noise(self, context):
         """x_0 = sigma·eps of every query: float32 [M, d]."""
@@ -655,7 +680,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         logits = self.logits(each(x_t), each(t), context)
         if observe:
             observe(x_t, t, logits[:len(x_t)])
-        x_hat = self.estimate(logits, each(t), each(t_next), context)
+        x_hat = context.previous = self.estimate(logits, each(t), each(t_next), context)
         if copies == 2:
             x_hat = w * x_hat[:len(x_t)] + (1 - w) * x_hat[len(x_t):]
         return (x_hat - x_t) / (1 - t)
@@ -672,7 +697,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         config.check(self.base.config)                   # they may have been changed since the last call
         steps = config.steps if steps is None else steps
         n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
-        queries = context
+        queries = context = replace(context, previous=None)
         if config.guidance == 0:
             queries = replace(context, class_ids=torch.full_like(context.class_ids, null))
         elif config.guidance != 1:
@@ -683,6 +708,7 @@ class L2D(PreTrainedModel, GenerationMixin):
             x, t, used = solve_adaptive(velocity, x, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
         elif n:
             x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
+        context.previous = None if queries.previous is None else queries.previous[:len(x)]           # (with the class)
         logits = self.logits(x, t, context)
         if observe:
             observe(x, t, logits)

@@ -49,6 +49,7 @@ OPTIONS = {                                              # name: (default, defau
         "path": ("lora", "lora", "lora, full (trained copies of the layers) or scratch (the same, freshly initialised)"),
         "lora_rank": (32, 32, "rank of the updates"),
         "lora_alpha": (32.0, 32.0, "their scale, times the rank"),
+        "self_condition": (0, 0, "1: the path also sees its previous estimate (not in the paper)"),
         "timesteps": ("uniform", "uniform", "how t is drawn: uniform or cosmap"),
         "class_dropout": (0.2, 0.2, "share of positions trained without their class")},
     "optimisation (Table 3)": {
@@ -218,7 +219,7 @@ def build(args):
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
     labels = sorted({e["label"] for e in train if e["label"] is not None}) if args.label_column else []
     torch.manual_seed(args.seed)
-    keys = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps", "class_dropout")
+    keys = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps", "class_dropout", "self_condition")
     if args.method == "l2d":
         model = L2D(L2DConfig(base_model=args.model, class_names=labels, **{k: getattr(args, k) for k in keys}), base).train()
     else:

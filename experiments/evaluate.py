@@ -83,12 +83,13 @@ class Bench:
             file.write(json.dumps(line) + "\n")
         return line
 
-    def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], **settings):
-        """The line of these settings: accuracy on n fresh questions, with its interval and evaluations per token."""
-        line = {"name": name, "n": n, "seed": seed, "kinds": list(kinds), "settings": settings}
+    def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], rows=None, **settings):
+        """The line of these settings: accuracy on n fresh questions (or on `rows`), its interval and evaluations per token."""
+        kinds = sorted({row["kind"] for row in rows}) if rows else list(kinds)
+        line = {"name": name, "n": n, "seed": seed, "kinds": kinds, "settings": settings}
         if self.key(line) in self.known:
             return self.known[self.key(line)]
-        rows = questions(n, seed=f"test {seed}", test=True, kinds=kinds, shares=None)
+        rows = rows or questions(n, seed=f"test {seed}", test=True, kinds=kinds, shares=None)
         group = "label" if settings.get("labels") else "kind"
         parts = {kind: [row for row in rows if row[group] == kind] for kind in dict.fromkeys(row[group] for row in rows)}
         found = {kind: ask(*self.loaded, part, seed, **settings) for kind, part in sorted(parts.items())}
