@@ -4,6 +4,7 @@ Everything runs on language models of three layers with random weights. Where it
 against a transcription of the method that is as plain as possible: one position, one head, one number at a time.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -960,6 +961,74 @@ def test_adaptive_answer_of_a_row_does_not_depend_on_the_batch(solver):
         one = slice(row, row + 1)
         alone = model(IDS[one], logits_to_keep=2, seeds=SEEDS[one], class_ids=g[one]).logits
         assert torch.allclose(alone[0], together[row], atol=1e-3) and torch.equal(model.evaluations, used[row])
+
+
+# ---- Self-conditioning (not in the paper) ----------------------------------------------------------------------------
+
+def test_without_self_conditioning_the_path_is_the_papers():
+    plain, conditioned = tiny_l2d().path_parameters(), tiny_l2d(self_condition=True).path_parameters()
+    assert conditioned.keys() - plain.keys() == {f"previous_embedder.{i}.{p}" for i in (0, 2) for p in ("weight", "bias")}
+    fresh = tiny_l2d(perturb=False, self_condition=True)
+    context, x = read(fresh), torch.randn(3, 16)
+    assert torch.equal(fresh.path(x, 0.5, context), fresh.path(x, 0.5, dataclasses.replace(context, previous=torch.randn(3, 16))))
+
+
+@pytest.mark.parametrize("w", [1, 0, 1.5])
+@torch.no_grad()
+def test_self_conditioning_hands_each_estimate_to_the_next_evaluation(w):
+    """Euler by hand: first no estimate, which the LM at t = 0 would not heed; with guidance every copy has its own; the answer's is
+    the class's."""
+    model = tiny_l2d(self_condition=True, steps=4, solver="euler", guidance=float(w))
+    classes = torch.tensor([0, 1, 0])
+    contexts = [read(model, class_ids=g) for g in (classes, torch.full((3,), 2))]
+    table, x = model.vocabulary.table(model.base.get_input_embeddings()), model.noise(contexts[0])
+    for i in range(3):
+        for context in contexts:
+            context.previous = table[model.logits(x, i / 3, context).argmax(-1)]
+        x_hat = w * contexts[0].previous + (1 - w) * contexts[1].previous
+        x = x + (x_hat - x) / (1 - i / 3) / 3
+    if w == 0:
+        contexts[0].previous = contexts[1].previous
+    found, used = model.diffuse(read(model, class_ids=classes))
+    torch.testing.assert_close(found, model.logits(x, 1.0, contexts[0]))
+    contexts[0].previous = None
+    assert not torch.allclose(found, model.logits(x, 1.0, contexts[0])) and used.tolist() == [4, 4, 4]
+
+
+@torch.no_grad()
+def test_a_self_conditioned_row_answers_the_same_in_parallel_cached_and_twice():
+    model = tiny_l2d(self_condition=True, steps=7)
+    whole = model(IDS, seeds=SEEDS).logits
+    torch.testing.assert_close(one_by_one(model, IDS), whole, rtol=1e-3, atol=1e-3)
+    context = read(model)
+    assert torch.equal(model.diffuse(context)[0], model.diffuse(context)[0])
+    torch.testing.assert_close(model(IDS[1:2], seeds=SEEDS[1:2]).logits, whole[1:2], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_training_shows_as_the_previous_estimate():
+    """Nothing, the LM's guess or the path's answer to it, in the shares 1 : 2 : 2."""
+    model = tiny_l2d(self_condition=True)
+    model.output_weight[2].weight.mul_(100)              # or the path would mostly agree with the LM
+    ids = IDS.repeat(100, 1)
+    context = model.read(model.kept(ids, 0), ids, past_key_values=DynamicCache(), seeds=torch.arange(300))
+    x_0, t = model.noise(context), torch.full((2700, 1), 0.5)
+    shown = model.recall(x_0, torch.randn_like(x_0), t, context)
+    table = model.vocabulary.table(model.base.get_input_embeddings())
+    guess = table[model.base.lm_head(context.normed).argmax(-1)]
+    nothing, first = (shown == 0).all(-1), (shown == guess).all(-1)
+    assert nothing.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert first.float().mean().item() == pytest.approx(0.4, abs=0.1)
+    other = shown[~nothing & ~first]
+    assert len(other) > 500 and torch.cdist(other, table).min(-1).values.max() < 1e-2
+
+
+def test_self_conditioning_learns_and_refuses_adaptive_solvers():
+    model = tiny_l2d(self_condition=True, perturb=False).train()
+    losses = train(model, 30)
+    assert losses[-1] < 0.9 * losses[0] and model.previous_embedder[2].weight.abs().sum() > 0
+    with pytest.raises(ValueError, match="solver=bosh3 chooses the steps of every row"):
+        tiny_l2d(self_condition=True, solver="bosh3")
 
 
 @pytest.mark.parametrize("g", [[0, 3, 1], [-1, 0, 0]])
