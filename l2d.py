@@ -53,6 +53,7 @@ from transformers.utils import cached_file
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
 PATHS, TIMESTEPS, VELOCITIES = ("lora", "full", "scratch"), ("uniform", "cosmap"), ("argmax", "sample", "expectation")
+IDENTITY = nn.Identity()
 IGNORE = -100                                            # label of a position that is not learnt
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "intermediate_size")                            # what a base must share with the one the path was trained on
@@ -429,9 +430,8 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
     last, after success no shorter, after failure at least a fifth. Arrived rows wait for the others.
     Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
     t = x.new_zeros(len(x), 1)
-    h = torch.full_like(t, min(first_step, t_end))
+    h, used = torch.full_like(t, min(first_step, t_end)), torch.ones_like(t)
     k = velocity(x, 0.0, tableau.c[1] * h)
-    used = torch.ones_like(t)
     cost = len(tableau.c) - tableau.fsal                  # evaluations an accepted step needs, its successor's k_1 included
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         h = torch.minimum(h, t_end - t)
@@ -506,19 +506,21 @@ class L2D(PreTrainedModel, GenerationMixin):
         B, S = keep.shape
         past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # or a static cache counts it on
         position_ids = (past + torch.arange(S, device=keep.device) if position_ids is None else position_ids).expand(B, S)
-        before_norm = []                                 # the path is added before the last norm, which models do not return
-        with self.base.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0])):
-            normed = self.base.model(
-                input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
-                position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
-        cos, sin = self.base.model.rotary_emb(normed, position_ids)
+        lm, norm = self.base.model, self.base.model.norm
+        lm.norm = IDENTITY                               # the path is added before the last norm, where models return nothing
+        try:
+            hidden = lm(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
+                        position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
+        finally:
+            lm.norm = norm
+        cos, sin = lm.rotary_emb(hidden, position_ids)
         rows, columns = keep.nonzero(as_tuple=True)
         layers = past_key_values.layers
         masks, slots, N = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
         seeds = torch.randint(2**62, (B,), device=keep.device) if seeds is None else seeds
         own = (p for part in self.children() if part is not self.base for p in part.parameters())
         return Context(
-            hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
+            hidden=hidden[rows, columns], normed=norm(hidden[rows, columns]), cos=cos[rows, columns, None],
             sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers], masks=masks,
             slots=slots, N=N, seeds=seeds.to(rows.device)[rows], positions=position_ids[rows, columns],
             grid=once(self, "_grid", own, dict),
@@ -772,11 +774,9 @@ class L2D(PreTrainedModel, GenerationMixin):
             setattr(config, key, kwargs.pop(key))
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         config.base_model = moved if config.base_model and os.path.isdir(moved) else config.base_model
-        if base is None:
-            if not config.base_model:
-                raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
-            base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
-        model = cls(config, base)
+        if base is None and not config.base_model:
+            raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
+        model = cls(config, base or AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs))
         model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
         return model.eval()
 

@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 import l2d
 import sample as sample_script
 import train as train_script
-from experiments import tiny
+from experiments import naive, tiny
 from experiments.chats import load_data
 from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive,
                  solve_fixed, uniform)
@@ -511,6 +511,13 @@ def test_the_path_compiles_to_one_graph():
     merged = model(IDS, seeds=SEEDS).logits
     model.walk = torch.compile(model.walk, fullgraph=True, backend="eager")
     assert torch.equal(model(IDS, seeds=SEEDS).logits, merged) and torch.allclose(merged, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_the_benchmarks_naive_code_computes_the_same(guidance):
+    model = tiny_l2d(guidance=guidance)
+    context = read(model, class_ids=torch.tensor([0, 2, 1]))
+    assert torch.allclose(model.diffuse(context)[0], naive.naive_token(model, context, 5), rtol=1e-3, atol=1e-3)
 
 
 def test_diffusion_tokens_see_only_their_own_row_up_to_their_position():
