@@ -17,9 +17,9 @@ its velocity points from where it is to the token that the LM, shown x_t, now be
 
 The diffusion token at position k stands for the **next** token, the one that the LM predicts at k. It sees the main path
 at positions 0..k and no other diffusion token. At t = 0 its weight w(t) - w(0) is zero: the LM answers, untouched.
-`steps` (the paper's T) counts the evaluations for one token: the one at t = 0, which costs nothing, and the final one
-included; T = 1 is the LM itself. Training shows the path x_t = (1 - t)·x_0 + t·x_1 of known tokens at random times t, and
-asks for the token (cross entropy); only the path's own parameters, LoRA-thin, are trained.
+`steps` (the paper's T) counts a token's evaluations, the free one at t = 0 and the final one included; T = 1 is the LM.
+Training shows the path x_t = (1 - t)·x_0 + t·x_1 of known tokens at random t and asks for the token (cross entropy);
+only the path's own parameters, LoRA-thin, are trained.
 
     paper           here                      shape      what it is
     y               labels, targets           [M]        the token after position k, in 0..V-1
@@ -30,7 +30,6 @@ asks for the token (cross entropy); only the path's own parameters, LoRA-thin, a
     f               f                         [M, D]     hidden state of the path
     g               class_ids                 [M]        class for guidance; the last one, number J, means "no class"
     w_d(t)          output_weight             [M, D]     how much of f is added to the LM's hidden state
-    T               config.steps              int        evaluations per token
 
 Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads
 of size E, G of which share their keys, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
@@ -53,18 +52,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
-PATHS, TIMESTEPS = ("lora", "full", "scratch"), ("uniform", "cosmap")
-VELOCITIES = ("argmax", "sample", "expectation")
+PATHS, TIMESTEPS, VELOCITIES = ("lora", "full", "scratch"), ("uniform", "cosmap"), ("argmax", "sample", "expectation")
+IDENTITY = nn.Identity()
 IGNORE = -100                                            # label of a position that is not learnt
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "intermediate_size")                            # what a base must share with the one the path was trained on
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
-
 class L2DConfig(PretrainedConfig):
     """Everything about a diffusion path: the first block is fixed by training, the second may change at any time.
-
     base_model       hub name or folder of the frozen LM; text_config is that LM's own configuration
     dim, cond_dim    d, the size of x_t, and C, the size of the conditioning vector
     sigma            noise scale; sigma / sqrt(dim) decides how late in t the token shows through the noise
@@ -108,10 +105,9 @@ class L2DConfig(PretrainedConfig):
         for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
         for name, good, rule in (
+                *((name, 0 < getattr(self, name) < math.inf, "must be a positive number")
+                  for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol")),
                 ("cond_dim", self.cond_dim % 2 == 0, "must be even: half of the time features are sines, half cosines"),
                 ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
                 ("max_evaluations", self.max_evaluations >= 2, "must be 2 or more: the first evaluation and the answer"),
@@ -134,13 +130,28 @@ class L2DConfig(PretrainedConfig):
 
 
 # ---- Numbers: precision and noise ------------------------------------------------------------------------------------
+def once(owner, name, parameters, make):
+    """make(), which depends on `parameters` alone: computed once, and kept as an attribute of `owner` until they change."""
+    if torch.is_grad_enabled():                          # training: a fused optimizer leaves no trace in _version
+        setattr(owner, name, (None, None))
+        return make()
+    key = [(p.data_ptr(), p._version, p.device) for p in parameters]
+    if getattr(owner, name, (None, None))[0] != key:
+        setattr(owner, name, (key, make()))
+    return getattr(owner, name)[1]
+
+
+def cast(p, dtype):
+    """The parameter p in `dtype`, copied once."""
+    return p if p.dtype == dtype else once(p, f"in_{dtype}", [p], lambda: p.to(dtype))
+
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input: [.., in] -> [.., out]. That is the idea of mixed precision here:
     trained parameters are float32; layers between the LM's activations compute in their dtype; times and noise in float32."""
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, cast(self.weight, x.dtype), None if self.bias is None else cast(self.bias, x.dtype))
 
 
 def mlp(n_in, n_hidden, n_out, init="xavier"):
@@ -156,8 +167,7 @@ def mlp(n_in, n_hidden, n_out, init="xavier"):
 
 
 def _mix(x):
-    """The mixing step of the splitmix64 generator on int64, elementwise: every input bit reaches every output bit. (The
-    masks make torch's arithmetic shift a logical one; products wrap around, as they should.)"""
+    """splitmix64's mixing step on int64. (The masks make torch's shift a logical one; products wrap around, as they should.)"""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -167,10 +177,8 @@ TIME, NOISE, DROP, TOKEN, EARLIER, SHOWN = range(6)      # streams: for t, x_0, 
 
 
 def uniform(seeds, positions, stream, n):
-    """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1).
-
-    A generator hands out numbers in the order of the calls, so a row's noise would change with its batch and with the cache.
-    A hash of (seed, position, stream, index) gives a row the same noise always, and a resumed training run too."""
+    """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1). From a
+    generator, a row's noise would change with its batch and the cache; a hash gives it the same always, resumed or not."""
     key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
     index = torch.arange(1, n + 1, device=seeds.device) * -0x61C8864680B583EB            # splitmix64's own stride
     return ((_mix(key[:, None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
@@ -182,22 +190,26 @@ def normal(seeds, positions, stream, n):
 
 
 # ---- LoRA, and its alternatives (Section 3.1, Table 8): the path's own version of one of the LM's linear layers ------
-
 class LoRALinear(nn.Module):
     """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out].
-
-    The base layer is passed in at every call, so its weights are shared, never stored twice. A ~ N(0, 1/rank²) and B = 0:
-    at first the path computes exactly what the LM's layer computes."""
+    The base layer is passed in at every call, so its weights are shared, never stored twice (unless `L2D.merge_lora` asks for
+    their sum with the update). A ~ N(0, 1/rank²) and B = 0: at first the path computes exactly what the LM's layer does."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.scaling = alpha / rank
+        self.scaling, self.merging = alpha / rank, False
+        self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x, base):
-        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return base(x) + self.scaling * update
+        if not self.merging or torch.is_grad_enabled():
+            self.merged = None                           # training is about to change A and B
+            update = F.linear(F.linear(x, cast(self.lora_A, x.dtype)), cast(self.lora_B, x.dtype))
+            return torch.add(base(x), update, alpha=self.scaling)
+        if self.merged is None:
+            self.merged = (base.weight + self.scaling * self.lora_B @ self.lora_A).to(base.weight.dtype)
+        return F.linear(x, self.merged, base.bias)
 
 
 class OwnLinear(Linear):
@@ -222,7 +234,6 @@ def path_linear(base, config):
 
 
 # ---- Conditioning on time and class (Section 3.2) --------------------------------------------------------------------
-
 def time_features(t, size):
     """Cosines and sines of t at geometric frequencies from 1 to 1/10000: t float32 [M, 1] -> [M, size]. See `L2D.condition`."""
     frequencies = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
@@ -230,47 +241,38 @@ def time_features(t, size):
 
 
 # ---- Tokens as points (Eq. 5), and how x_t enters the path -----------------------------------------------------------
-
 class DiffusionVocabulary(nn.Module):
-    """x_1(y) = sqrt(d)·z/|z| with z = W_v e_y + b_v: the LM's frozen embedding of y, projected onto a sphere.
-    The length sqrt(d) gives every coordinate variance 1, whatever W_v learns, so that sigma sets the signal-to-noise
-    ratio and training cannot cheat by growing the tokens. (The bias is the authors' release's; the paper has none.)"""
+    """x_1(y) = sqrt(d)·z/|z| with z = W_v e_y + b_v: the LM's frozen embedding of y, projected onto a sphere. Its variance is
+    1, whatever W_v learns, so that sigma sets the signal-to-noise ratio, and training cannot cheat by growing the tokens."""
 
     def __init__(self, embedding, dim):
         super().__init__()
         self.proj = Linear(embedding.embedding_dim, dim)
         nn.init.xavier_uniform_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
-        self._cached = None
 
     def forward(self, embeddings):                       # [.., D] -> [.., d]
-        if torch.is_grad_enabled():                      # training: a fused optimizer changes W_v without a trace in _version
-            self._cached = None
         z = self.proj(embeddings.float())
         return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1, eps=1e-12)
 
     @torch.no_grad()
     def table(self, embedding):
         """x_1 of the whole vocabulary: float32 [V, d]. Built once and kept until W_v or b_v change."""
-        key = [(p.data_ptr(), p._version, p.device) for p in self.parameters()]
-        if self._cached is None or self._cached[0] != key:
-            rows = embedding.weight.split(16384)         # in pieces: the embeddings of a 128k vocabulary in float32 are 1 GB
-            self._cached = key, torch.cat([self(part) for part in rows])
-        return self._cached[1]
+        rows = embedding.weight.split(16384)             # in pieces: the embeddings of a 128k vocabulary in float32 are 1 GB
+        return once(self, "_table", self.parameters(), lambda: torch.cat([self(part) for part in rows]))
 
 
 def rescale(x_t, t, sigma):
     """x_t has variance (1 - t)²·sigma² + t² per coordinate; divide it away, so that the path always sees variance 1."""
-    return x_t / torch.sqrt((1 - t) ** 2 * sigma**2 + t**2)
+    return x_t / ((1 - t) ** 2 * sigma**2 + t**2) ** 0.5
 
 
 # ---- What the path sees of the main path -----------------------------------------------------------------------------
-
 @dataclass
 class Context:
-    """What one run of the main path leaves for M diffusion tokens: nothing here depends on x_t or t.
-    Diffusion tokens do not see each other, so they are a flat list of M queries, from whichever rows and columns of the batch.
-    Only attention cares where: it groups the queries of a row, N at most, to share that row's keys."""
+    """What one run of the main path leaves for M diffusion tokens: nothing here depends on x_t or t. They do not see each other,
+    so they are a flat list of queries, from whichever rows and columns of the batch. Only attention cares where: it groups
+    the queries of a row, N at most, to share that row's keys."""
     hidden: torch.Tensor                                 # [M, D] the LM's hidden state at each position, before its norm
     normed: torch.Tensor                                 # [M, D] the same after the norm
     cos: torch.Tensor                                    # [M, 1, E] rotary embedding of the position of the input token
@@ -283,26 +285,26 @@ class Context:
     seeds: torch.Tensor                                  # [M] with the position: the address of the query's noise
     positions: torch.Tensor                              # [M]
     class_ids: torch.Tensor | None                       # [M], None for a model without classes
+    grid: dict                                           # t -> L2D.modulations: the same for all tokens
     previous: torch.Tensor | None = None                 # [M, d] the estimate x̂ of the evaluation before (None: there was none)
 
     def with_null(self, null):
-        """Every query twice, with its class and with the null class: two queries on the same keys and values."""
-        N, twice = self.N, lambda v: torch.cat([v, v])
-        slots = self.slots + self.slots // N * N         # a row now has 2N slots: the first copies keep n, the second add N
-        shared = {k: twice(getattr(self, k)) for k in ("hidden", "normed", "cos", "sin", "seeds", "positions")}
-        return replace(self, **shared, N=2 * N, slots=torch.cat([slots, slots + N]), masks=[m.repeat(1, 1, 2, 1) for m in self.masks],
-                       class_ids=torch.cat([self.class_ids, torch.full_like(self.class_ids, null)]))
+        """Every query twice in a row, with its class and with the null class: two queries on the same keys and values."""
+        twice = {k: getattr(self, k).repeat_interleave(2, 0) for k in ("hidden", "normed", "cos", "sin", "seeds", "positions")}
+        return replace(self, **twice, N=2 * self.N, masks=[m.repeat_interleave(2, 2) for m in self.masks],
+                       slots=torch.stack([2 * self.slots, 2 * self.slots + 1], 1).flatten(),
+                       class_ids=torch.stack([self.class_ids, torch.full_like(self.class_ids, null)], 1).flatten())
 
     def attend(self, i, q, scale):
         """Cross attention of the queries on the keys and values of block i: q [M, H, E] -> [M, H·E].
-
         The G heads that share keys (grouped-query attention) become further queries on them: keys are never repeated."""
         (B, H_kv, _, E), (M, H, _), N = self.keys[i].shape, q.shape, self.N
-        grouped = q.new_zeros(B * N, H * E).index_copy(0, self.slots, q.reshape(M, H * E))
-        grouped = grouped.view(B, N, H_kv, H // H_kv, E).transpose(1, 2).reshape(B, H_kv, -1, E)
+        if M != B * N:                                   # otherwise every row has N queries, and they are in order
+            q = q.new_zeros(B * N, H * E).index_copy(0, self.slots, q.reshape(M, H * E))
+        grouped = q.view(B, N, H_kv, H // H_kv, E).transpose(1, 2).reshape(B, H_kv, -1, E)
         out = F.scaled_dot_product_attention(grouped, self.keys[i], self.values[i], self.masks[i], scale=scale)
         out = out.view(B, H_kv, N, H // H_kv, E).transpose(1, 2).reshape(B * N, H * E)
-        return out.index_select(0, self.slots)
+        return out if M == B * N else out.index_select(0, self.slots)
 
 
 def rotate(q, cos, sin):
@@ -312,18 +314,17 @@ def rotate(q, cos, sin):
 
 
 # ---- A block of the diffusion path (Section 3.1, Fig. 2) -------------------------------------------------------------
-
 def modulate(x, norm, scale, shift):
     """AdaRMSNorm: (gain + scale)·rms(x) + shift, in float32, back in x's dtype. [M, D] -> [M, D].
     gain is the LM's own frozen norm weight. Note gain + scale, where DiT has gain·(1 + scale)."""
-    rms = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    rms = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
     return ((norm.weight.float() + scale) * rms + shift).to(x.dtype)
 
 
 class Block(nn.Module):
-    """One layer of the LM, walked by the diffusion tokens: cross attention to the main path, then the MLP.
-    Only queries are computed here: keys and values are the main path's. Its five linear layers are the LM's with an
-    update. Scale, shift and gate of both halves come from the condition, through a head that starts at zero."""
+    """One layer of the LM, walked by the diffusion tokens: cross attention to the main path's keys and values, then the MLP.
+    Its five linear layers are the LM's with an update. `modulation`, the scale, shift and gate of both halves, comes from
+    the condition, through a head that starts at zero."""
 
     def __init__(self, layer, config):
         super().__init__()
@@ -334,8 +335,7 @@ class Block(nn.Module):
         self.up_proj = path_linear(layer.mlp.up_proj, config)
         self.down_proj = path_linear(layer.mlp.down_proj, config)
 
-    def forward(self, f, condition, layer, context, i):  # f [M, D], condition [M or 1, C], layer: the LM's i-th
-        modulation = self.adaLN_modulation(condition.to(f.dtype))
+    def forward(self, f, modulation, layer, context, i):  # f [M, D], modulation [M or 1, 6D], layer: the LM's i-th
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
         n = modulate(f, layer.input_layernorm, scale_1, shift_1)
         f = f + gate_1 * self.attention(n, layer.self_attn, context, i)
@@ -355,11 +355,9 @@ class Block(nn.Module):
 
 
 # ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
-#
 # They know a velocity function, a state and times, and nothing of the model: velocity(x, t, t_next) -> dx/dt, with x and dx
 # [M, d] and t a float or [M, 1]. t_next is the time that the evaluation leads to: Algorithm 1 draws the token x̂ at a
 # temperature that falls with it. A row below is one of the M states.
-
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge-Kutta method: stage i is evaluated at t + c_i·h, at x + h·sum_j a_ij·k_j; the step is h·sum b_i·k_i.
@@ -385,9 +383,8 @@ TABLEAUS = {
 
 
 def intervals(solver, steps):
-    """The number of intervals that T = `steps` evaluations make with a fixed solver: one evaluation is the answer's.
-
-    midpoint uses 2 a step, so T = 2n + 1; RK4 T = 4n + 1; Euler any. ValueError: a T that cannot be, with its neighbours."""
+    """The number of intervals that T = `steps` evaluations make with a fixed solver: one evaluation is the answer's, so that
+    T = 2n + 1 for midpoint, 4n + 1 for RK4; Euler takes any. ValueError: a T that cannot be, with its neighbours."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
     per_step = len(TABLEAUS[solver].c)
@@ -402,9 +399,8 @@ def end_time(config):
     """Where the integration stops. The velocity divides by 1 - t, so a method that evaluates it at the end of its steps
     (c = 1) must stop short of 1: at 1 - 1/sigma, as in A.2, or at 0.95 if that is later (for sigma = 3, say)."""
     touches_end = TABLEAUS[config.solver].c[-1] == 1
-    t_end = config.t_end
-    if t_end is None:
-        t_end = 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
+    default = 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
+    t_end = default if config.t_end is None else config.t_end
     if not 0 < t_end <= 1 or (touches_end and t_end == 1):
         raise ValueError(f"t_end={t_end} is not possible with {config.solver}: it must be above 0 and "
                          f"{'below' if touches_end else 'at most'} 1")
@@ -434,16 +430,13 @@ def solve_fixed(velocity, x, t_end, n, tableau):
 
 def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, first_step=0.05):
     """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours.
-
-    A step is accepted where the error estimate, relative to the tolerance and averaged over the row (root mean square),
-    is at most 1; otherwise it is repeated, shorter. The next step is 0.9 of the one that would just do: at most 10 times
-    as long as the last, after success no shorter, after failure at least a fifth. Arrived rows wait for the others.
-
+    A step is accepted where the error estimate, relative to the tolerance (root mean square over the row), is at most 1;
+    otherwise it is repeated, shorter. The next step is 0.9 of the one that would just do: at most 10 times as long as the
+    last, after success no shorter, after failure at least a fifth. Arrived rows wait for the others.
     Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
     t = x.new_zeros(len(x), 1)
-    h = torch.full_like(t, min(first_step, t_end))
+    h, used = torch.full_like(t, min(first_step, t_end)), torch.ones_like(t)
     k = velocity(x, 0.0, tableau.c[1] * h)
-    used = torch.ones_like(t)
     cost = len(tableau.c) - tableau.fsal                  # evaluations an accepted step needs, its successor's k_1 included
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         h = torch.minimum(h, t_end - t)
@@ -466,7 +459,6 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
 
 
 # ---- The model: main path, diffusion path, and their sum (Eq. 6) -----------------------------------------------------
-
 class L2D(PreTrainedModel, GenerationMixin):
     """A frozen causal LM with a diffusion path. To `generate`, pipelines and evaluation harnesses it is a causal LM, whose
     logits come after config.steps evaluations of the path. The base, any `AutoModelForCausalLM` of a supported architecture,
@@ -512,34 +504,33 @@ class L2D(PreTrainedModel, GenerationMixin):
         return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
 
     # -- the main path ----------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
              inputs_embeds=None, class_ids=None, seeds=None):
         """Run the frozen LM over the tokens once, and collect what the path needs at the positions `keep` [B, S] (bool).
-
         past_key_values grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
         noise of a row, drawn from torch's generator if None. Returns a Context of M = keep.sum() queries."""
         B, S = keep.shape
         past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # or a static cache counts it on
-        if position_ids is None:
-            position_ids = (past + torch.arange(S, device=keep.device))[None]
-        position_ids = position_ids.expand(B, S)
-        before_norm = []                                 # the path is added before the last norm, which models do not return
-        with self.base.model.norm.register_forward_pre_hook(lambda _, args: before_norm.append(args[0])):
-            normed = self.base.model(
-                input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
-                position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
-        cos, sin = self.base.model.rotary_emb(normed, position_ids)
+        position_ids = (past + torch.arange(S, device=keep.device) if position_ids is None else position_ids).expand(B, S)
+        lm, norm = self.base.model, self.base.model.norm
+        lm.norm = IDENTITY                               # the path is added before the last norm, where models return nothing
+        try:
+            hidden = lm(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
+                        position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
+        finally:
+            lm.norm = norm
+        cos, sin = lm.rotary_emb(hidden, position_ids)
         rows, columns = keep.nonzero(as_tuple=True)
         layers = past_key_values.layers
         masks, slots, N = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
-        if seeds is None:
-            seeds = torch.randint(2**62, (B,), device=keep.device)
+        seeds = torch.randint(2**62, (B,), device=keep.device) if seeds is None else seeds
+        own = (p for part in self.children() if part is not self.base for p in part.parameters())
         return Context(
-            hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
-            sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers],
-            masks=masks, slots=slots, N=N, seeds=seeds.to(rows.device)[rows], positions=position_ids[rows, columns],
+            hidden=hidden[rows, columns], normed=norm(hidden[rows, columns]), cos=cos[rows, columns, None],
+            sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers], masks=masks,
+            slots=slots, N=N, seeds=seeds.to(rows.device)[rows], positions=position_ids[rows, columns],
+            grid=once(self, "_grid", own, dict),
             class_ids=None if class_ids is None and not self.config.class_names else
             self.check_classes(class_ids, B, keep.device)[rows])
 
@@ -578,26 +569,38 @@ class L2D(PreTrainedModel, GenerationMixin):
         return class_ids
 
     # -- the diffusion path -----------------------------------------------------------------------------------------
-
     def condition(self, t, class_ids):
         """c(t, g) = c(t) + G[g], float32 [M, C], or [1, C] where t is one for all and there are no classes."""
         c = self.t_embedder(time_features(t, self.config.cond_dim))
         return c if class_ids is None else c + self.class_embedder(class_ids)
 
+    def modulations(self, t, class_ids, dtype):
+        """All that time and class decide: every block's scales, shifts and gates [.., 6D], and w(t) - w(0), float32 [.., D]."""
+        c, c_0 = self.condition(t, class_ids), self.condition(torch.zeros_like(t), class_ids)
+        return [block.adaLN_modulation(c.to(dtype)) for block in self.blocks], self.output_weight(c) - self.output_weight(c_0)
+
     def path(self, x_t, t, context):
         """One evaluation of the path: x_t [M, d] and t (a float, or [M, 1]) -> hidden state [M, D] before the final norm.
-
-        hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class."""
-        t = t if torch.is_tensor(t) else x_t.new_full((1, 1), t)
-        c = self.condition(t, context.class_ids)
+        The modulations of a time that all share are computed once, for every class, and serve all tokens: `Context.grid`."""
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
         if self.config.self_condition:
             previous = torch.zeros_like(x_t) if context.previous is None else context.previous
             f = f + self.previous_embedder(previous.to(f.dtype))
+        if torch.is_tensor(t) or torch.is_grad_enabled():
+            t = torch.as_tensor(t, device=f.device).view(-1, 1)
+            return self.walk(f, *self.modulations(t, context.class_ids, f.dtype), None, context)
+        if t not in context.grid:
+            classes = None if context.class_ids is None else torch.arange(len(self.config.class_names) + 1, device=f.device)
+            context.grid[t] = self.modulations(x_t.new_full((1, 1), t), classes, f.dtype)
+        return self.walk(f, *context.grid[t], context.class_ids, context)
+
+    def walk(self, f, modulations, weight, classes, context):
+        """Through the blocks, and into the LM: hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class.
+        classes [M] says which row of the modulations is whose, None that they are in order. This is the part to compile."""
+        pick = lambda m: m if classes is None else m[classes]
         for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
-            f = block(f, c, layer, context, i)
-        weight = self.output_weight(c) - self.output_weight(self.condition(torch.zeros_like(t), context.class_ids))
-        return (context.hidden + weight * f).to(f.dtype)
+            f = block(f, pick(modulations[i]), layer, context, i)
+        return (context.hidden + pick(weight) * f).to(f.dtype)
 
     def logits(self, x_t, t, context):
         """The LM's next-token logits after looking at x_t: [M, V]. At t = 0 they are its own, and the path need not run."""
@@ -605,18 +608,24 @@ class L2D(PreTrainedModel, GenerationMixin):
             return self.base.lm_head(context.normed)
         return self.base.lm_head(self.base.model.norm(self.path(x_t, t, context)))
 
+    def merge_lora(self, merging=True):
+        """For inference, add every LoRA update into a copy of the LM's layer, which takes the memory of those layers once more
+        (1.9 GB for Llama-3.2-1B in bfloat16). Training and loading drop the copies; saving is the same."""
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.merging, module.merged = merging, None
+
     # -- training (Section 2.2, Eq. 3) ------------------------------------------------------------------------------
-
     def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None, class_ids=None, seeds=None):
-        """The cross entropy of every labelled token at a random time of its own (Eq. 3), float32.
-
-        labels [B, S]: labels[:, k + 1] is the token that position k shall predict, -100 for none, as in any causal LM.
-        Only positions with a label pass through the path. Returns losses [M] and times t [M], row by row. ValueError: no label.
-        Learning starts at output_weight's last layer, the only one with a gradient while it is zero; the others follow."""
+        """The cross entropy of every labelled token at a random time of its own (Eq. 3): losses [M] and times t [M], row by row.
+        labels [B, S]: labels[:, k + 1] is the token that position k shall predict, -100 for none, as in any causal LM; no other
+        position passes through the path. ValueError: no label. Learning starts at output_weight's last layer, the only one
+        with a gradient while it is zero; the others follow."""
         keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))
         if not keep.any():
             raise ValueError(f"every label after the first position is {IGNORE}: there is nothing to learn from this batch")
         context = self.read(keep, input_ids, attention_mask, position_ids, DynamicCache(), None, class_ids, seeds)
+        self._grid = self.vocabulary._table = (None, None)           # the path is about to change, see `once`
         targets = labels[:, 1:][keep[:, :-1]]
         draw = lambda stream: uniform(context.seeds, context.positions, stream, 1)
         if context.class_ids is not None:                # so that one path learns both velocities of Eq. 7
@@ -657,7 +666,6 @@ class L2D(PreTrainedModel, GenerationMixin):
                           for h, y in zip(hidden.split(chunk), targets.split(chunk))])
 
     # -- velocity and guidance (Section 2.3, Eq. 4, 7, 8) -----------------------------------------------------------
-
     def estimate(self, logits, t, t_next, context):
         """x̂, where the path now believes the token to be: logits [M, V] -> float32 [M, d]."""
         table = self.vocabulary.table(self.base.get_input_embeddings())
@@ -672,25 +680,22 @@ class L2D(PreTrainedModel, GenerationMixin):
 
     def velocity(self, x_t, t, t_next, context, observe=None):
         """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
-
         With guidance, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null), Eq. 7 with the plus sign that the
         paper's print lost. Both velocities start at the same x_t, so it is enough to mix their x̂."""
         w, copies = self.config.guidance, len(context.hidden) // len(x_t)
-        each = lambda v: v.repeat(copies, 1) if torch.is_tensor(v) else v
+        each = lambda v: v.repeat_interleave(copies, 0) if torch.is_tensor(v) else v
         logits = self.logits(each(x_t), each(t), context)
         if observe:
-            observe(x_t, t, logits[:len(x_t)])
+            observe(x_t, t, logits[::copies])
         x_hat = context.previous = self.estimate(logits, each(t), each(t_next), context)
         if copies == 2:
-            x_hat = w * x_hat[:len(x_t)] + (1 - w) * x_hat[len(x_t):]
+            x_hat = w * x_hat[::2] + (1 - w) * x_hat[1::2]
         return (x_hat - x_t) / (1 - t)
 
     # -- Algorithm 1: from noise to the next token's logits ---------------------------------------------------------
-
     @torch.no_grad()
     def diffuse(self, context, steps=None, observe=None):
         """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
-
         The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
         class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: `steps` the solver cannot do."""
         config, null = self.config, len(self.config.class_names)
@@ -708,20 +713,18 @@ class L2D(PreTrainedModel, GenerationMixin):
             x, t, used = solve_adaptive(velocity, x, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
         elif n:
             x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
-        context.previous = None if queries.previous is None else queries.previous[:len(x)]           # (with the class)
+        context.previous = None if queries.previous is None else queries.previous[::len(queries.slots) // len(x)]
         logits = self.logits(x, t, context)
         if observe:
             observe(x, t, logits)
         return logits, used + 1
 
     # -- a causal LM to the rest of the world -----------------------------------------------------------------------
-
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None, seeds=None,
                 num_items_in_batch=None, **passed_along):     # what `generate` hands every model: return_dict, tokenizer, ...
         """With labels [B, S]: the training loss, averaged over labelled tokens (or divided by num_items_in_batch).
         Without: the next-token logits [B, N, V] after `steps` evaluations at every kept position, all in parallel.
-
         input_ids [B, S] int64; attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
         all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B], see `read`.
         Returns a CausalLMOutputWithPast. ValueError: bad steps, class or mask, or a cache that forgets keys."""
@@ -772,7 +775,6 @@ class L2D(PreTrainedModel, GenerationMixin):
         return rows
 
     # -- saving and loading -----------------------------------------------------------------------------------------
-
     def save_pretrained(self, save_directory, **kwargs):
         """Write the path's parameters (safetensors) and the configuration that names the base; never the base itself.
         The name of a base in a local folder is written relative to save_directory, so both can be moved together."""
@@ -789,7 +791,6 @@ class L2D(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
         """Load a trained path, and its base with it (unless given): a folder or a hub name -> L2D in evaluation mode.
-
         Arguments that name settings change them (steps=127); the rest (dtype, device_map, attn_implementation, ...) goes
         to the base. ValueError: a base of other sizes, or tensors that do not fit; OSError: nothing there."""
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}           # of the path's repository alone
@@ -799,11 +800,9 @@ class L2D(PreTrainedModel, GenerationMixin):
             setattr(config, key, kwargs.pop(key))
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         config.base_model = moved if config.base_model and os.path.isdir(moved) else config.base_model
-        if base is None:
-            if not config.base_model:
-                raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
-            base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
-        model = cls(config, base)
+        if base is None and not config.base_model:
+            raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
+        model = cls(config, base or AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs))
         model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
         return model.eval()
 
@@ -819,6 +818,7 @@ class L2D(PreTrainedModel, GenerationMixin):
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
         for name, p in own.items():
             p.copy_(tensors[name])
+        self.merge_lora(False)
 
 
 AutoConfig.register("l2d", L2DConfig)

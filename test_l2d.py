@@ -27,7 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 import l2d
 import sample as sample_script
 import train as train_script
-from experiments import tiny
+from experiments import naive, tiny
 from experiments.chats import load_data
 from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive,
                  solve_fixed, uniform)
@@ -449,6 +449,76 @@ def test_path_is_the_naive_path(kind, changes, config):
             assert (expected - context.hidden[row]).norm() > 0.02 * t[row] * expected.norm()       # the path has a say
             assert torch.allclose(hidden[row], expected, rtol=1e-4, atol=1e-4)
             assert torch.allclose(logits[row], expected_logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [{}, dict(class_names=())])
+def test_modulations_of_a_time_are_computed_once_and_again_after_a_change(config):
+    model, calls = tiny_l2d(**config), []
+    model.blocks[1].adaLN_modulation.register_forward_hook(lambda *_: calls.append(1))
+    x, g = 4 * torch.randn(3, 16), None if config else torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        for changes in (0, 1, 2):
+            for _ in range(2):
+                context = read(model, class_ids=g)
+                shared, own = model.path(x, 0.3, context), model.path(x, torch.full((3, 1), 0.3), context)
+                assert torch.allclose(shared, own, rtol=1e-4, atol=1e-3)
+            assert len(calls) == 3 * (changes + 1)       # twice for `own`, once for `shared`
+            next(model.t_embedder.parameters() if changes else model.blocks[1].adaLN_modulation.parameters()).add_(0.1)
+
+
+def test_grid_is_forgotten_in_training():
+    model = tiny_l2d()
+    optimizer = torch.optim.AdamW(model.path_parameters().values(), lr=0.1, fused=True)    # leaves no trace in _version
+    before = model(IDS, seeds=SEEDS).logits
+    model(IDS, labels=IDS, seeds=SEEDS).loss.backward()
+    optimizer.step()
+    after = model(IDS, seeds=SEEDS).logits
+    fresh = tiny_l2d()
+    fresh.load_path(model.path_parameters())
+    assert torch.equal(after, fresh(IDS, seeds=SEEDS).logits) and not torch.allclose(after, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_merged_lora_changes_nothing_but_the_speed(kind):
+    plain, merged = tiny_l2d(kind), tiny_l2d(kind)
+    merged.merge_lora()
+    assert torch.allclose(merged(IDS, seeds=SEEDS).logits, plain(IDS, seeds=SEEDS).logits, atol=1e-3)
+    assert merged.blocks[0].q_proj.merged is not None and merged.path_parameters().keys() == plain.path_parameters().keys()
+    assert train(merged, 3) == train(plain, 3) and merged.blocks[0].q_proj.merged is None
+    assert torch.allclose(merged(IDS, seeds=SEEDS).logits, plain(IDS, seeds=SEEDS).logits, atol=1e-3)
+    merged.merge_lora(False)
+    assert torch.equal(merged(IDS, seeds=SEEDS).logits, plain(IDS, seeds=SEEDS).logits)
+
+
+def test_casts_are_made_once_and_again_after_a_change(monkeypatch):
+    model, made, to = tiny_l2d(base=tiny_base(dtype=torch.bfloat16)), [], torch.Tensor.to
+    fresh = tiny_l2d(base=tiny_base(dtype=torch.bfloat16))
+    B = model.blocks[0].q_proj.lora_B
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: (made.append(self is B), to(self, *args, **kwargs))[1])
+    for changes in (0, 1):
+        for _ in range(2):
+            logits = model(IDS, seeds=SEEDS).logits
+        assert sum(made) == changes + 1
+        with torch.no_grad():
+            fresh.load_path(model.path_parameters())
+            assert torch.equal(logits, fresh(IDS, seeds=SEEDS).logits)
+            B.add_(0.1)
+
+
+def test_the_path_compiles_to_one_graph():
+    model = tiny_l2d()
+    expected = model(IDS, seeds=SEEDS).logits
+    model.merge_lora()
+    merged = model(IDS, seeds=SEEDS).logits
+    model.walk = torch.compile(model.walk, fullgraph=True, backend="eager")
+    assert torch.equal(model(IDS, seeds=SEEDS).logits, merged) and torch.allclose(merged, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_the_benchmarks_naive_code_computes_the_same(guidance):
+    model = tiny_l2d(guidance=guidance)
+    context = read(model, class_ids=torch.tensor([0, 2, 1]))
+    assert torch.allclose(model.diffuse(context)[0], naive.naive_token(model, context, 5), rtol=1e-3, atol=1e-3)
 
 
 def test_diffusion_tokens_see_only_their_own_row_up_to_their_position():
