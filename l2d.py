@@ -45,10 +45,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig,
-                          PreTrainedModel)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
@@ -106,9 +106,11 @@ class L2DConfig(PretrainedConfig):
         for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+        whole, real = ("dim", "cond_dim", "lora_rank", "max_evaluations"), ("sigma", "lora_alpha", "atol", "rtol")
+        for name in (*whole, *real, "class_dropout", "guidance"):
+            value = getattr(self, name)
+            if not isinstance(value, int if name in whole else (int, float)) or (name in whole + real and not 0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} must be a {'positive ' * (name in whole + real)}{'whole ' * (name in whole)}number")
         for name, good, rule in (
                 ("cond_dim", self.cond_dim % 2 == 0, "must be even: half of the time features are sines, half cosines"),
                 ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
@@ -164,7 +166,6 @@ TIME, NOISE, DROP, TOKEN = 0, 1, 2, 3                    # streams: for t, x_0, 
 
 def uniform(seeds, positions, stream, n):
     """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1).
-
     A generator hands out numbers in the order of the calls, so a row's noise would change with its batch and with the cache.
     A hash of (seed, position, stream, index) gives a row the same noise always, and a resumed training run too."""
     key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
@@ -181,7 +182,6 @@ def normal(seeds, positions, stream, n):
 
 class LoRALinear(nn.Module):
     """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out].
-
     The base layer is passed in at every call, so its weights are shared, never stored twice. A ~ N(0, 1/rank²) and B = 0:
     at first the path computes exactly what the LM's layer computes."""
 
@@ -290,7 +290,6 @@ class Context:
 
     def attend(self, i, q, scale):
         """Cross attention of the queries on the keys and values of block i: q [M, H, E] -> [M, H·E].
-
         The G heads that share keys (grouped-query attention) become further queries on them: keys are never repeated."""
         (B, H_kv, _, E), (M, H, _), N = self.keys[i].shape, q.shape, self.N
         grouped = q.new_zeros(B * N, H * E).index_copy(0, self.slots, q.reshape(M, H * E))
@@ -298,6 +297,14 @@ class Context:
         out = F.scaled_dot_product_attention(grouped, self.keys[i], self.values[i], self.masks[i], scale=scale)
         out = out.view(B, H_kv, N, H // H_kv, E).transpose(1, 2).reshape(B * N, H * E)
         return out.index_select(0, self.slots)
+
+    def refuse_nan(self, x_t, t, logits):
+        """RuntimeError: names the first query whose logits are NaN or inf, and the time."""
+        bad = (~logits.amax(-1).isfinite()).nonzero()
+        if len(bad):
+            m, times = bad[0, 0], torch.as_tensor(t).expand(len(x_t), 1)
+            raise RuntimeError(f"NaN or inf in row {self.slots[m] // self.N}, position {self.positions[m]}, at t={times[m, 0]:g}: "
+                               "look for such numbers in the weights of the base and the path; float16 also overflows")
 
 
 def rotate(q, cos, sin):
@@ -350,7 +357,6 @@ class Block(nn.Module):
 
 
 # ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
-#
 # They know a velocity function, a state and times, and nothing of the model: velocity(x, t, t_next) -> dx/dt, with x and dx
 # [M, d] and t a float or [M, 1]. t_next is the time that the evaluation leads to: Algorithm 1 draws the token x̂ at a
 # temperature that falls with it. A row below is one of the M states.
@@ -381,7 +387,6 @@ TABLEAUS = {
 
 def intervals(solver, steps):
     """The number of intervals that T = `steps` evaluations make with a fixed solver: one evaluation is the answer's.
-
     midpoint uses 2 a step, so T = 2n + 1; RK4 T = 4n + 1; Euler any. ValueError: a T that cannot be, with its neighbours."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
@@ -429,11 +434,9 @@ def solve_fixed(velocity, x, t_end, n, tableau):
 
 def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, first_step=0.05):
     """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours.
-
     A step is accepted where the error estimate, relative to the tolerance and averaged over the row (root mean square),
     is at most 1; otherwise it is repeated, shorter. The next step is 0.9 of the one that would just do: at most 10 times
     as long as the last, after success no shorter, after failure at least a fifth. Arrived rows wait for the others.
-
     Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
     t = x.new_zeros(len(x), 1)
     h = torch.full_like(t, min(first_step, t_end))
@@ -446,7 +449,7 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
         x_new = x + h * _weighted(tableau.b, ks)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         ratio = (h * _weighted(tableau.error, ks) / tolerance).pow(2).mean(-1, keepdim=True).sqrt()
-        accept = running & (ratio <= 1)
+        accept = running & ~(ratio > 1)                  # NaN is accepted, and so ends the row
         used += running * (len(tableau.c) - 1)
         x = torch.where(accept, x_new, x)
         t = torch.where(accept, torch.where(h < t_end - t, t + h, t_end), t)
@@ -505,12 +508,10 @@ class L2D(PreTrainedModel, GenerationMixin):
         return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
 
     # -- the main path ----------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
              inputs_embeds=None, class_ids=None, seeds=None):
         """Run the frozen LM over the tokens once, and collect what the path needs at the positions `keep` [B, S] (bool).
-
         past_key_values grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
         noise of a row, drawn from torch's generator if None. Returns a Context of M = keep.sum() queries."""
         B, S = keep.shape
@@ -532,7 +533,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         return Context(
             hidden=before_norm[0][rows, columns], normed=normed[rows, columns], cos=cos[rows, columns, None],
             sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers],
-            masks=masks, slots=slots, N=N, seeds=seeds.to(rows.device)[rows], positions=position_ids[rows, columns],
+            masks=masks, slots=slots, N=N, seeds=seeds.to(rows).expand(B)[rows], positions=position_ids[rows, columns],
             class_ids=None if class_ids is None and not self.config.class_names else
             self.check_classes(class_ids, B, keep.device)[rows])
 
@@ -571,7 +572,6 @@ class L2D(PreTrainedModel, GenerationMixin):
         return class_ids
 
     # -- the diffusion path -----------------------------------------------------------------------------------------
-
     def condition(self, t, class_ids):
         """c(t, g) = c(t) + G[g], float32 [M, C], or [1, C] where t is one for all and there are no classes."""
         c = self.t_embedder(time_features(t, self.config.cond_dim))
@@ -579,7 +579,6 @@ class L2D(PreTrainedModel, GenerationMixin):
 
     def path(self, x_t, t, context):
         """One evaluation of the path: x_t [M, d] and t (a float, or [M, 1]) -> hidden state [M, D] before the final norm.
-
         hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class."""
         t = t if torch.is_tensor(t) else x_t.new_full((1, 1), t)
         c = self.condition(t, context.class_ids)
@@ -596,10 +595,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         return self.base.lm_head(self.base.model.norm(self.path(x_t, t, context)))
 
     # -- training (Section 2.2, Eq. 3) ------------------------------------------------------------------------------
-
     def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None, class_ids=None, seeds=None):
         """The cross entropy of every labelled token at a random time of its own (Eq. 3), float32.
-
         labels [B, S]: labels[:, k + 1] is the token that position k shall predict, -100 for none, as in any causal LM.
         Only positions with a label pass through the path. Returns losses [M] and times t [M], row by row. ValueError: no label.
         Learning starts at output_weight's last layer, the only one with a gradient while it is zero; the others follow."""
@@ -607,7 +604,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         if not keep.any():
             raise ValueError(f"every label after the first position is {IGNORE}: there is nothing to learn from this batch")
         context = self.read(keep, input_ids, attention_mask, position_ids, DynamicCache(), None, class_ids, seeds)
-        targets = labels[:, 1:][keep[:, :-1]]
+        targets = labels[:, 1:][keep[:, :-1]].long()
         draw = lambda stream: uniform(context.seeds, context.positions, stream, 1)
         if context.class_ids is not None:                # so that one path learns both velocities of Eq. 7
             dropped = draw(DROP)[:, 0] < self.config.class_dropout
@@ -632,7 +629,6 @@ class L2D(PreTrainedModel, GenerationMixin):
                           for h, y in zip(hidden.split(chunk), targets.split(chunk))])
 
     # -- velocity and guidance (Section 2.3, Eq. 4, 7, 8) -----------------------------------------------------------
-
     def estimate(self, logits, t, t_next, context):
         """x̂, where the path now believes the token to be: logits [M, V] -> float32 [M, d]."""
         table = self.vocabulary.table(self.base.get_input_embeddings())
@@ -643,11 +639,11 @@ class L2D(PreTrainedModel, GenerationMixin):
             stream = TOKEN + 4 * (2**24 * torch.as_tensor(t, device=logits.device)).long().view(-1)      # a draw for every t
             gumbel = -torch.log(-torch.log(uniform(context.seeds, context.positions, stream, logits.shape[-1])))
             logits = logits.float() + tau * gumbel
-        return table[logits.argmax(-1)]
+        value, token = logits.max(-1)
+        return table[token] + 0 * value[:, None]         # argmax alone would hide NaN and inf; so they end in the answer
 
     def velocity(self, x_t, t, t_next, context, observe=None):
         """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
-
         With guidance, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null), Eq. 7 with the plus sign that the
         paper's print lost. Both velocities start at the same x_t, so it is enough to mix their x̂."""
         w, copies = self.config.guidance, len(context.hidden) // len(x_t)
@@ -661,13 +657,11 @@ class L2D(PreTrainedModel, GenerationMixin):
         return (x_hat - x_t) / (1 - t)
 
     # -- Algorithm 1: from noise to the next token's logits ---------------------------------------------------------
-
     @torch.no_grad()
     def diffuse(self, context, steps=None, observe=None):
         """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
-
         The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
-        class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: `steps` the solver cannot do."""
+        class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: bad `steps`; RuntimeError: NaN."""
         config, null = self.config, len(self.config.class_names)
         config.check(self.base.config)                   # they may have been changed since the last call
         steps = config.steps if steps is None else steps
@@ -686,28 +680,33 @@ class L2D(PreTrainedModel, GenerationMixin):
         logits = self.logits(x, t, context)
         if observe:
             observe(x, t, logits)
+        if not logits.amax(-1).isfinite().all():         # asked once a token; a second run tells where it began
+            self.diffuse(context, steps, observe=context.refuse_nan)
         return logits, used + 1
 
     # -- a causal LM to the rest of the world -----------------------------------------------------------------------
-
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None, seeds=None,
                 num_items_in_batch=None, **passed_along):     # what `generate` hands every model: return_dict, tokenizer, ...
         """With labels [B, S]: the training loss, averaged over labelled tokens (or divided by num_items_in_batch).
         Without: the next-token logits [B, N, V] after `steps` evaluations at every kept position, all in parallel.
-
         input_ids [B, S] int64; attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
         all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B], see `read`.
         Returns a CausalLMOutputWithPast. ValueError: bad steps, class or mask, or a cache that forgets keys."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; give one [batch, past + length] of 0 and 1")
-        if labels is not None and (input_ids is None or past_key_values is not None):
-            raise ValueError("labels need input_ids and no past_key_values: the loss is that of whole sequences")
+        if tokens is None or tokens.shape[1] == 0:
+            raise ValueError("the input is empty; give input_ids with at least one token in every row, the start of a text say")
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        length = int(cache.get_seq_length()) + tokens.shape[1]
+        if attention_mask is not None and attention_mask.shape != (len(tokens), length):
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, {[*attention_mask.shape]}; it must be {[len(tokens), length]}")
+        if attention_mask is not None and type(logits_to_keep) is int and logits_to_keep and not attention_mask[:, -1].all():
+            raise ValueError("a row ends in padding, and its next token would follow that; pad on the left to generate")
+        if labels is not None and (input_ids is None or labels.shape != input_ids.shape or past_key_values is not None):
+            raise ValueError("labels need input_ids of the same shape and no past_key_values: the loss is that of whole sequences")
         if labels is not None:
             losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids, class_ids, seeds)
             return CausalLMOutputWithPast(loss=losses.sum() / (num_items_in_batch or len(losses)))
-        cache = DynamicCache() if past_key_values is None else past_key_values
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             raise ValueError("past_key_values drops keys outside a sliding window, and the path needs them; pass DynamicCache()")
         keep = self.kept(tokens, logits_to_keep)
@@ -746,7 +745,6 @@ class L2D(PreTrainedModel, GenerationMixin):
         return rows
 
     # -- saving and loading -----------------------------------------------------------------------------------------
-
     def save_pretrained(self, save_directory, **kwargs):
         """Write the path's parameters (safetensors) and the configuration that names the base; never the base itself.
         The name of a base in a local folder is written relative to save_directory, so both can be moved together."""
@@ -763,7 +761,6 @@ class L2D(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
         """Load a trained path, and its base with it (unless given): a folder or a hub name -> L2D in evaluation mode.
-
         Arguments that name settings change them (steps=127); the rest (dtype, device_map, attn_implementation, ...) goes
         to the base. ValueError: a base of other sizes, or tensors that do not fit; OSError: nothing there."""
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}           # of the path's repository alone
@@ -773,22 +770,25 @@ class L2D(PreTrainedModel, GenerationMixin):
             setattr(config, key, kwargs.pop(key))
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         config.base_model = moved if config.base_model and os.path.isdir(moved) else config.base_model
-        if base is None:
-            if not config.base_model:
-                raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
-            base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
-        model = cls(config, base)
-        model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
+        if base is None and not config.base_model:
+            raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then load that yourself and pass it as base=")
+        model = cls(config, base or AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs))
+        file = cached_file(name_or_path, "model.safetensors", **hub)                         # a format that runs no code
+        try:
+            model.load_path(load_file(file))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); save or fetch it again") from None
         return model.eval()
 
     @torch.no_grad()
     def load_path(self, tensors):
-        """Copy tensors (name -> tensor) into the path. ValueError: names every tensor missing, unknown or misshapen."""
+        """Copy tensors (name -> tensor) into the path. ValueError: names every tensor missing, unknown, misshapen or not finite."""
         own = self.path_parameters()
         wrong = [f"{name} is missing" for name in own if name not in tensors]
         wrong += [f"{name} is unknown" for name in tensors if name not in own]
         wrong += [f"{name} is {list(tensors[name].shape)}, not {list(p.shape)}" for name, p in own.items()
                   if name in tensors and tensors[name].shape != p.shape]
+        wrong += [f"{name} holds NaN or inf" for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if wrong:
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
         for name, p in own.items():
