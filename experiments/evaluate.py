@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import render
-from experiments.tiny import KINDS, questions
-from l2d import L2D, TABLEAUS
+from experiments.console import check_numbers, console, load_model, load_tokenizer
+from experiments.tiny import KINDS, LABELS, questions
+from l2d import TABLEAUS, intervals
 from sample import Sampler
 from train import last_run
 
@@ -102,7 +102,10 @@ def plan(args):
 
 def run(folder, args):
     """All lines of the table for one trained model, which are also appended to its results.jsonl."""
-    model, tokenizer = L2D.from_pretrained(folder, solver=args.solver), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_model(folder, solver=args.solver), load_tokenizer(folder)
+    if args.guidance and not {*LABELS} <= {*model.config.class_names}:
+        raise ValueError(f"{folder} cannot be guided by the questions' labels {', '.join(LABELS)}: its classes are "
+                         f"{', '.join(model.config.class_names) or 'none'}; train it with --label-column label")
     kinds = KINDS[3:] if args.guidance else KINDS[:3]
     rows = questions(args.questions, seed=f"test {args.seed}", test=True, kinds=kinds, shares=None)
     lines = []
@@ -155,7 +158,7 @@ def draw(lines, file):
     figure.savefig(file, dpi=130)
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
     parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
@@ -165,8 +168,31 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
     parser.add_argument("--figure", metavar="FILE", help="draw accuracy against T")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    check_numbers(parser, vars(args))
+    if args.questions < 3:
+        parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
+    if args.figure:
+        check_figure(parser, args)
+    return args
+
+
+def check_figure(parser, args):
+    """parser.error where --figure could not be drawn, before the measurements: they take long."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        parser.error("--figure needs matplotlib: pip install -r experiments/requirements.txt")
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if Path(args.figure).suffix[1:] not in known:
+        parser.error(f"--figure {args.figure} must end in one of {', '.join(known)}")
+    if args.guidance or TABLEAUS[args.solver].error or 1 not in args.steps:
+        parser.error(f"--figure draws accuracy against T: it needs 1 among --steps {' '.join(map(str, args.steps))}, a solver of fixed "
+                     f"steps (not {args.solver} if that is adaptive), and no --guidance")
+
+
+def main(args):
+    for T in args.steps:
+        intervals(args.solver, T)                        # ValueError before the measurements
     torch.set_num_threads(1)                             # for models this small, threads only wait for each other
     tables = [run(folder, args) for folder in args.out or [last_run("model.safetensors")]]
     lines = tables[0] if len(tables) == 1 else [over_models(same) for same in zip(*tables)]
@@ -175,6 +201,6 @@ def main():
         draw(lines, args.figure)
 
 
-
 if __name__ == "__main__":
-    main()
+    with console("evaluate.py"):
+        main(parse_args())
