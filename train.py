@@ -169,7 +169,7 @@ def validate(model, data, args, pad):
     model.train()
     losses, bands = torch.cat(losses), (torch.cat(times) * 5).long()
     result = {"val_loss": losses.mean().item()}
-    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5)}
+    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5) if b in bands}
     return result | {f"accuracy_T{T}": torch.cat(hits).mean().item() for T, hits in right.items()}
 
 
@@ -263,22 +263,21 @@ def train(args):
     log = open_log(out / "log.jsonl", step)
     stop = []                                            # Ctrl-C ends the run after the update it falls in
     signal.signal(signal.SIGINT, lambda *_: stop.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
-    bar = tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps")
-    while step < args.max_steps and not stop:
-        start = time.perf_counter()
-        line = update(step, model, optimizer, data, args, tokenizer.pad_token_id or 0)
-        step, seconds = step + 1, time.perf_counter() - start
-        bar.update()
-        bar.set_postfix(report(line, seconds, model, args), refresh=False)
-        print(json.dumps(line), file=log)
-        if held_out and (step % args.eval_every == 0 or step == args.max_steps):
-            result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
-            print(json.dumps({"step": step} | result), file=log)
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-        if step % args.save_every == 0:
-            save_checkpoint(step, model, optimizer, args)
+    with tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps") as bar:
+        while step < args.max_steps and not stop:
+            start = time.perf_counter()
+            line = update(step, model, optimizer, data, args, tokenizer.pad_token_id or 0)
+            step, seconds = step + 1, time.perf_counter() - start
+            bar.update()
+            bar.set_postfix(report(line, seconds, model, args), refresh=False)
+            print(json.dumps(line), file=log)
+            if held_out and (step % args.eval_every == 0 or step == args.max_steps):
+                result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
+                print(json.dumps({"step": step} | result), file=log)
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            if step % args.save_every == 0 and step < args.max_steps:
+                save_checkpoint(step, model, optimizer, args)
     save_checkpoint(step, model, optimizer, args)        # here, so that Ctrl-C cannot fall between the question and the saving
-    bar.close()
     log.close()
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
