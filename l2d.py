@@ -46,14 +46,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig,
-                          PreTrainedModel)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import cached_file
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
 PATHS, TIMESTEPS, VELOCITIES = ("lora", "full", "scratch"), ("uniform", "cosmap"), ("argmax", "sample", "expectation")
-IDENTITY = nn.Identity()
 IGNORE = -100                                            # label of a position that is not learnt
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "intermediate_size")                            # what a base must share with the one the path was trained on
@@ -74,20 +72,19 @@ class L2DConfig(PretrainedConfig):
     velocity         x̂ is x_1 of the most likely token ("argmax"), of a sampled one ("sample"), or the "expectation"
     guidance         w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
     atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token"""
-
     model_type = "l2d"
 
     def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32,
-                 lora_alpha=32.0, class_names=(), class_dropout=0.2, timesteps="uniform",
-                 self_condition=False, steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_end=None, atol=3e-4, rtol=3e-4,
+                 lora_alpha=32.0, class_names=(), class_dropout=0.2, timesteps="uniform", self_condition=False,
+                 steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_end=None, atol=3e-4, rtol=3e-4,
                  max_evaluations=1000, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.base_model, self.text_config = base_model, text_config
         self.dim, self.cond_dim, self.sigma = dim, cond_dim, sigma
         self.path, self.lora_rank, self.lora_alpha = path, lora_rank, lora_alpha
-        self.class_names, self.class_dropout, self.timesteps = list(class_names), class_dropout, timesteps
-        self.self_condition = bool(self_condition)
+        self.class_names, self.class_dropout = list(class_names), class_dropout
+        self.timesteps, self.self_condition = timesteps, bool(self_condition)
         self.steps, self.solver, self.velocity, self.guidance = steps, solver, velocity, guidance
         self.t_end, self.atol, self.rtol, self.max_evaluations = t_end, atol, rtol, max_evaluations
         super().__init__(**kwargs)
@@ -98,16 +95,18 @@ class L2DConfig(PretrainedConfig):
             raise ValueError(f"{base_config.model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
         self.text_config = self.text_config or base_config
         for key in SIZES:
-            ours, theirs = getattr(self.text_config, key), getattr(base_config, key)
-            if ours != theirs:
+            if (ours := getattr(self.text_config, key)) != (theirs := getattr(base_config, key)):
                 raise ValueError(f"this path belongs to a base with {key}={ours}, but the base given has {key}={theirs}; "
                                  f"load it onto {self.base_model or 'its own base'}")
         for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
+        whole, real = ("dim", "cond_dim", "lora_rank", "max_evaluations"), ("sigma", "lora_alpha", "atol", "rtol")
+        for name in (*whole, *real, "class_dropout", "guidance"):
+            value = getattr(self, name)
+            if not isinstance(value, int if name in whole else (int, float)) or (name in whole + real and not 0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} must be a {'positive ' * (name in whole + real)}{'whole ' * (name in whole)}number")
         for name, good, rule in (
-                *((name, 0 < getattr(self, name) < math.inf, "must be a positive number")
-                  for name in ("dim", "cond_dim", "lora_rank", "sigma", "lora_alpha", "atol", "rtol")),
                 ("cond_dim", self.cond_dim % 2 == 0, "must be even: half of the time features are sines, half cosines"),
                 ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
                 ("max_evaluations", self.max_evaluations >= 2, "must be 2 or more: the first evaluation and the answer"),
@@ -140,11 +139,9 @@ def once(owner, name, parameters, make):
         setattr(owner, name, (key, make()))
     return getattr(owner, name)[1]
 
-
 def cast(p, dtype):
     """The parameter p in `dtype`, copied once."""
     return p if p.dtype == dtype else once(p, f"in_{dtype}", [p], lambda: p.to(dtype))
-
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input: [.., in] -> [.., out]. That is the idea of mixed precision here:
@@ -152,7 +149,6 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, cast(self.weight, x.dtype), None if self.bias is None else cast(self.bias, x.dtype))
-
 
 def mlp(n_in, n_hidden, n_out, init="xavier"):
     """Linear, silu, linear: [.., n_in] -> [.., n_out]. Biases start at 0, weights as Xavier's or, "normal", as N(0, 0.02²).
@@ -165,16 +161,13 @@ def mlp(n_in, n_hidden, n_out, init="xavier"):
         nn.init.zeros_(net[2].weight)
     return net
 
-
 def _mix(x):
     """splitmix64's mixing step on int64. (The masks make torch's shift a logical one; products wrap around, as they should.)"""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
-
 TIME, NOISE, DROP, TOKEN, EARLIER, SHOWN = range(6)      # streams: for t, x_0, dropped classes, sampled tokens, `recall`
-
 
 def uniform(seeds, positions, stream, n):
     """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1). From a
@@ -182,7 +175,6 @@ def uniform(seeds, positions, stream, n):
     key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
     index = torch.arange(1, n + 1, device=seeds.device) * -0x61C8864680B583EB            # splitmix64's own stride
     return ((_mix(key[:, None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
-
 
 def normal(seeds, positions, stream, n):
     """Standard normal numbers, addressed like `uniform`: float32 [M, n]."""
@@ -211,7 +203,6 @@ class LoRALinear(nn.Module):
             self.merged = (base.weight + self.scaling * self.lora_B @ self.lora_A).to(base.weight.dtype)
         return F.linear(x, self.merged, base.bias)
 
-
 class OwnLinear(Linear):
     """A trained layer in the place of the LM's: its copy ("full"), or freshly initialised ("scratch")."""
 
@@ -224,7 +215,6 @@ class OwnLinear(Linear):
 
     def forward(self, x, base):
         return super().forward(x)
-
 
 def path_linear(base, config):
     """The path's version of the linear layer `base`, as config.path says."""
@@ -261,7 +251,6 @@ class DiffusionVocabulary(nn.Module):
         rows = embedding.weight.split(16384)             # in pieces: the embeddings of a 128k vocabulary in float32 are 1 GB
         return once(self, "_table", self.parameters(), lambda: torch.cat([self(part) for part in rows]))
 
-
 def rescale(x_t, t, sigma):
     """x_t has variance (1 - t)²·sigma² + t² per coordinate; divide it away, so that the path always sees variance 1."""
     return x_t / ((1 - t) ** 2 * sigma**2 + t**2) ** 0.5
@@ -286,11 +275,12 @@ class Context:
     positions: torch.Tensor                              # [M]
     class_ids: torch.Tensor | None                       # [M], None for a model without classes
     grid: dict                                           # t -> L2D.modulations: the same for all tokens
-    previous: torch.Tensor | None = None                 # [M, d] the estimate x̂ of the evaluation before (None: there was none)
+    previous: torch.Tensor                               # [M, d] the estimate x̂ of the evaluation before, 0 before the first
 
     def with_null(self, null):
         """Every query twice in a row, with its class and with the null class: two queries on the same keys and values."""
-        twice = {k: getattr(self, k).repeat_interleave(2, 0) for k in ("hidden", "normed", "cos", "sin", "seeds", "positions")}
+        names = ("hidden", "normed", "cos", "sin", "seeds", "positions", "previous")
+        twice = {k: getattr(self, k).repeat_interleave(2, 0) for k in names}
         return replace(self, **twice, N=2 * self.N, masks=[m.repeat_interleave(2, 2) for m in self.masks],
                        slots=torch.stack([2 * self.slots, 2 * self.slots + 1], 1).flatten(),
                        class_ids=torch.stack([self.class_ids, torch.full_like(self.class_ids, null)], 1).flatten())
@@ -306,6 +296,13 @@ class Context:
         out = out.view(B, H_kv, N, H // H_kv, E).transpose(1, 2).reshape(B * N, H * E)
         return out if M == B * N else out.index_select(0, self.slots)
 
+    def refuse_nan(self, x_t, t, logits):
+        """RuntimeError: names the first query whose logits are NaN or inf, and the time."""
+        bad = (~logits.amax(-1).isfinite()).nonzero()
+        if len(bad):
+            m, times = bad[0, 0], torch.as_tensor(t).expand(len(x_t), 1)
+            raise RuntimeError(f"NaN or inf in row {self.slots[m] // self.N}, position {self.positions[m]}, at t={times[m, 0]:g}: "
+                               "look for such numbers in the weights of the base and the path; float16 also overflows")
 
 def rotate(q, cos, sin):
     """Rotary position embedding of q [M, H, E], with the base's own tables."""
@@ -319,7 +316,6 @@ def modulate(x, norm, scale, shift):
     gain is the LM's own frozen norm weight. Note gain + scale, where DiT has gain·(1 + scale)."""
     rms = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
     return ((norm.weight.float() + scale) * rms + shift).to(x.dtype)
-
 
 class Block(nn.Module):
     """One layer of the LM, walked by the diffusion tokens: cross attention to the main path's keys and values, then the MLP.
@@ -370,7 +366,6 @@ class Tableau:
     error: tuple = ()
     fsal: bool = False
 
-
 TABLEAUS = {
     "euler": Tableau(1, c=(0,), a=((),), b=(1,)),
     "midpoint": Tableau(2, c=(0, 1/2), a=((), (1/2,)), b=(0, 1)),
@@ -380,7 +375,6 @@ TABLEAUS = {
     "bosh3": Tableau(3, c=(0, 1/2, 3/4, 1), a=((), (1/2,), (0, 3/4), (2/9, 1/3, 4/9)), b=(2/9, 1/3, 4/9, 0),
                      error=(-5/72, 1/12, 1/9, -1/8), fsal=True),
 }
-
 
 def intervals(solver, steps):
     """The number of intervals that T = `steps` evaluations make with a fixed solver: one evaluation is the answer's, so that
@@ -394,7 +388,6 @@ def intervals(solver, steps):
     raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = {per_step}n + 1; "
                      f"the nearest are {below} and {below + per_step}")
 
-
 def end_time(config):
     """Where the integration stops. The velocity divides by 1 - t, so a method that evaluates it at the end of its steps
     (c = 1) must stop short of 1: at 1 - 1/sigma, as in A.2, or at 0.95 if that is later (for sigma = 3, say)."""
@@ -406,10 +399,8 @@ def end_time(config):
                          f"{'below' if touches_end else 'at most'} 1")
     return t_end
 
-
 def _weighted(weights, ks):
     return sum(w * k for w, k in zip(weights, ks) if w)
-
 
 def stages(velocity, x, t, h, tableau, first=None):
     """The derivatives k_1 .. k_s of one step from (x, t) over h; `first` is k_1 where it is already known."""
@@ -419,14 +410,12 @@ def stages(velocity, x, t, h, tableau, first=None):
         ks.append(velocity(x + h * _weighted(a, ks), t + c * h, t + after * h))
     return ks
 
-
 def solve_fixed(velocity, x, t_end, n, tableau):
     """x at t_end, from x at 0, in n equal steps."""
     for i in range(n):
         ks = stages(velocity, x, i / n * t_end, t_end / n, tableau)
         x = x + t_end / n * _weighted(tableau.b, ks)
     return x
-
 
 def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, first_step=0.05):
     """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours.
@@ -444,7 +433,7 @@ def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, fir
         x_new = x + h * _weighted(tableau.b, ks)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         ratio = (h * _weighted(tableau.error, ks) / tolerance).pow(2).mean(-1, keepdim=True).sqrt()
-        accept = running & (ratio <= 1)
+        accept = running & ~(ratio > 1)                  # NaN is accepted, and so ends the row
         used += running * (len(tableau.c) - 1)
         x = torch.where(accept, x_new, x)
         t = torch.where(accept, torch.where(h < t_end - t, t + h, t_end), t)
@@ -463,7 +452,6 @@ class L2D(PreTrainedModel, GenerationMixin):
     """A frozen causal LM with a diffusion path. To `generate`, pipelines and evaluation harnesses it is a causal LM, whose
     logits come after config.steps evaluations of the path. The base, any `AutoModelForCausalLM` of a supported architecture,
     is shared and never changed; the path is float32, on its device. ValueError: an unsupported base, or a bad setting."""
-
     config_class = L2DConfig
     base_model_prefix = "base"
     _supports_sdpa = True
@@ -514,7 +502,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # or a static cache counts it on
         position_ids = (past + torch.arange(S, device=keep.device) if position_ids is None else position_ids).expand(B, S)
         lm, norm = self.base.model, self.base.model.norm
-        lm.norm = IDENTITY                               # the path is added before the last norm, where models return nothing
+        lm.norm = nn.Identity()                          # the path is added before the last norm, where models return nothing
         try:
             hidden = lm(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
                         position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
@@ -529,8 +517,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         return Context(
             hidden=hidden[rows, columns], normed=norm(hidden[rows, columns]), cos=cos[rows, columns, None],
             sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers], masks=masks,
-            slots=slots, N=N, seeds=seeds.to(rows.device)[rows], positions=position_ids[rows, columns],
-            grid=once(self, "_grid", own, dict),
+            slots=slots, N=N, seeds=seeds.to(rows).expand(B)[rows], positions=position_ids[rows, columns],
+            grid=once(self, "_grid", own, dict), previous=torch.zeros(len(rows), self.config.dim, device=rows.device),
             class_ids=None if class_ids is None and not self.config.class_names else
             self.check_classes(class_ids, B, keep.device)[rows])
 
@@ -547,17 +535,13 @@ class L2D(PreTrainedModel, GenerationMixin):
             see = see & F.pad(attention_mask.bool(), (0, len(key) - attention_mask.shape[1]))[:, None, None]
         see = see | (key == column)                      # a query on padding sees itself: unused, but finite
         config, masks = self.base.config, {}
-        for window in set(self.windows()):
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in types]
+        for window in set(windows):                      # None where a block sees everything
             hidden = ~see if window is None else ~see | (key <= column - window)
             mask = torch.zeros(hidden.shape, dtype=self.base.dtype, device=keep.device).masked_fill(hidden, -math.inf)
             masks[window] = mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)[..., :length]
-        return [masks[window] for window in self.windows()], slots, N
-
-    def windows(self):
-        """Each block's sliding window, or None where it sees everything."""
-        config = self.base.config
-        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        return [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in types]
+        return [masks[window] for window in windows], slots, N
 
     def check_classes(self, class_ids, B, device):
         """class_ids as int64 [B], the null class where None is given. ValueError: a number that names no class."""
@@ -584,8 +568,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         The modulations of a time that all share are computed once, for every class, and serve all tokens: `Context.grid`."""
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
         if self.config.self_condition:
-            previous = torch.zeros_like(x_t) if context.previous is None else context.previous
-            f = f + self.previous_embedder(previous.to(f.dtype))
+            f = f + self.previous_embedder(context.previous.to(f.dtype))
         if torch.is_tensor(t) or torch.is_grad_enabled():
             t = torch.as_tensor(t, device=f.device).view(-1, 1)
             return self.walk(f, *self.modulations(t, context.class_ids, f.dtype), None, context)
@@ -626,7 +609,7 @@ class L2D(PreTrainedModel, GenerationMixin):
             raise ValueError(f"every label after the first position is {IGNORE}: there is nothing to learn from this batch")
         context = self.read(keep, input_ids, attention_mask, position_ids, DynamicCache(), None, class_ids, seeds)
         self._grid = self.vocabulary._table = (None, None)           # the path is about to change, see `once`
-        targets = labels[:, 1:][keep[:, :-1]]
+        targets = labels[:, 1:][keep[:, :-1]].long()
         draw = lambda stream: uniform(context.seeds, context.positions, stream, 1)
         if context.class_ids is not None:                # so that one path learns both velocities of Eq. 7
             dropped = draw(DROP)[:, 0] < self.config.class_dropout
@@ -634,8 +617,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         t = draw(TIME)
         if self.config.timesteps == "cosmap":
             t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
-        x_1 = self.vocabulary(self.base.get_input_embeddings()(targets))          # not detached: the loss trains W_v too
-        x_0 = self.noise(context)
+        x_0, x_1 = self.noise(context), self.vocabulary(self.base.get_input_embeddings()(targets))     # the loss trains W_v too
         if self.config.self_condition:
             context.previous = self.recall(x_0, x_1, t, context)
         x_t = (1 - t) * x_0 + t * x_1
@@ -649,8 +631,8 @@ class L2D(PreTrainedModel, GenerationMixin):
         believed = lambda hidden: table[torch.cat([self.base.lm_head(h).argmax(-1) for h in hidden.split(1024)])]
         guess, draw = believed(context.normed), lambda stream: uniform(context.seeds, context.positions, stream, 1)
         earlier, shown = draw(EARLIER) * t, draw(SHOWN)
-        x_t = (1 - earlier) * x_0 + earlier * x_1
-        answer = believed(self.base.model.norm(self.path(x_t, earlier, replace(context, previous=guess))))
+        shown_guess = replace(context, previous=guess)
+        answer = believed(self.base.model.norm(self.path((1 - earlier) * x_0 + earlier * x_1, earlier, shown_guess)))
         return torch.where(shown < 0.4, guess, answer) * (shown < 0.8)
 
     def noise(self, context):
@@ -660,8 +642,7 @@ class L2D(PreTrainedModel, GenerationMixin):
     def cross_entropy(self, hidden, targets, chunk=1024):
         """-log p(target) from hidden states [M, D] -> [M], without ever holding M x V logits: one chunk of positions at a
         time passes through the head, and again in the backward pass."""
-        def losses(h, y):
-            return F.cross_entropy(self.base.lm_head(self.base.model.norm(h)).float(), y, reduction="none")
+        losses = lambda h, y: F.cross_entropy(self.base.lm_head(self.base.model.norm(h)).float(), y, reduction="none")
         return torch.cat([checkpoint(losses, h, y, use_reentrant=False)
                           for h, y in zip(hidden.split(chunk), targets.split(chunk))])
 
@@ -676,7 +657,8 @@ class L2D(PreTrainedModel, GenerationMixin):
             stream = TOKEN + 4 * (2**24 * torch.as_tensor(t, device=logits.device)).long().view(-1)      # a draw for every t
             gumbel = -torch.log(-torch.log(uniform(context.seeds, context.positions, stream, logits.shape[-1])))
             logits = logits.float() + tau * gumbel
-        return table[logits.argmax(-1)]
+        value, token = logits.max(-1)
+        return table[token] + 0 * value[:, None]         # argmax alone would hide NaN and inf; so they end in the answer
 
     def velocity(self, x_t, t, t_next, context, observe=None):
         """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
@@ -697,12 +679,12 @@ class L2D(PreTrainedModel, GenerationMixin):
     def diffuse(self, context, steps=None, observe=None):
         """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
         The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
-        class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: `steps` the solver cannot do."""
+        class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: bad `steps`; RuntimeError: NaN."""
         config, null = self.config, len(self.config.class_names)
         config.check(self.base.config)                   # they may have been changed since the last call
         steps = config.steps if steps is None else steps
         n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
-        queries = context = replace(context, previous=None)
+        queries = context = replace(context, previous=torch.zeros_like(context.previous))
         if config.guidance == 0:
             queries = replace(context, class_ids=torch.full_like(context.class_ids, null))
         elif config.guidance != 1:
@@ -713,10 +695,12 @@ class L2D(PreTrainedModel, GenerationMixin):
             x, t, used = solve_adaptive(velocity, x, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
         elif n:
             x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
-        context.previous = None if queries.previous is None else queries.previous[::len(queries.slots) // len(x)]
+        context.previous = queries.previous[::len(queries.slots) // len(x)]
         logits = self.logits(x, t, context)
         if observe:
             observe(x, t, logits)
+        if not logits.amax(-1).isfinite().all():         # asked once a token; a second run tells where it began
+            self.diffuse(context, steps, observe=context.refuse_nan)
         return logits, used + 1
 
     # -- a causal LM to the rest of the world -----------------------------------------------------------------------
@@ -729,14 +713,19 @@ class L2D(PreTrainedModel, GenerationMixin):
         all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B], see `read`.
         Returns a CausalLMOutputWithPast. ValueError: bad steps, class or mask, or a cache that forgets keys."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions; give one [batch, past + length] of 0 and 1")
-        if labels is not None and (input_ids is None or past_key_values is not None):
-            raise ValueError("labels need input_ids and no past_key_values: the loss is that of whole sequences")
+        if tokens is None or tokens.shape[1] == 0:
+            raise ValueError("the input is empty; give input_ids with at least one token in every row, the start of a text say")
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        length = int(cache.get_seq_length()) + tokens.shape[1]
+        if attention_mask is not None and attention_mask.shape != (len(tokens), length):
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, {[*attention_mask.shape]}; it must be {[len(tokens), length]}")
+        if attention_mask is not None and type(logits_to_keep) is int and logits_to_keep and not attention_mask[:, -1].all():
+            raise ValueError("a row ends in padding, and its next token would follow that; pad on the left to generate")
+        if labels is not None and (input_ids is None or labels.shape != input_ids.shape or past_key_values is not None):
+            raise ValueError("labels need input_ids of the same shape and no past_key_values: the loss is that of whole sequences")
         if labels is not None:
             losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids, class_ids, seeds)
             return CausalLMOutputWithPast(loss=losses.sum() / (num_items_in_batch or len(losses)))
-        cache = DynamicCache() if past_key_values is None else past_key_values
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             raise ValueError("past_key_values drops keys outside a sliding window, and the path needs them; pass DynamicCache()")
         keep = self.kept(tokens, logits_to_keep)
@@ -759,20 +748,6 @@ class L2D(PreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask=None, **kwargs):
         """`generate` would build 4D masks for a static cache here; the base builds its own from the plain one."""
         return attention_mask
-
-    def trace(self, input_ids, steps=None, class_ids=None, seeds=None):
-        """One token's diffusion, for teaching: input_ids [1, S] -> a list with a dict per evaluation, for the token after S:
-        t, the most likely token, its probability, and how far x_t has moved since the evaluation before."""
-        if len(input_ids) != 1:
-            raise ValueError(f"input_ids has {len(input_ids)} rows; trace one at a time")
-        seen, rows = [], []
-        context = self.read(self.kept(input_ids, 1), input_ids, past_key_values=DynamicCache(), class_ids=class_ids, seeds=seeds)
-        self.diffuse(context, steps, observe=lambda *evaluation: seen.append(evaluation))
-        for (x, t, logits), (before, _, _) in zip(seen, seen[:1] + seen):
-            probability, token = logits[0].float().softmax(-1).max(-1)
-            rows.append({"t": float(t), "token": token.item(), "probability": probability.item(),
-                         "moved": (x - before).norm().item()})
-        return rows
 
     # -- saving and loading -----------------------------------------------------------------------------------------
     def save_pretrained(self, save_directory, **kwargs):
@@ -801,25 +776,24 @@ class L2D(PreTrainedModel, GenerationMixin):
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         config.base_model = moved if config.base_model and os.path.isdir(moved) else config.base_model
         if base is None and not config.base_model:
-            raise ValueError(f"{name_or_path} does not name its base; load that yourself and pass it as base=")
+            raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then load that yourself and pass it as base=")
         model = cls(config, base or AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs))
         model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
         return model.eval()
 
     @torch.no_grad()
     def load_path(self, tensors):
-        """Copy tensors (name -> tensor) into the path. ValueError: names every tensor missing, unknown or misshapen."""
+        """Copy tensors (name -> tensor) into the path. ValueError: names every tensor missing, unknown, misshapen or not finite."""
         own = self.path_parameters()
-        wrong = [f"{name} is missing" for name in own if name not in tensors]
-        wrong += [f"{name} is unknown" for name in tensors if name not in own]
+        wrong = [f"{name} is {'unknown' if name in tensors else 'missing'}" for name in sorted(own.keys() ^ tensors.keys())]
         wrong += [f"{name} is {list(tensors[name].shape)}, not {list(p.shape)}" for name, p in own.items()
                   if name in tensors and tensors[name].shape != p.shape]
+        wrong += [f"{name} holds NaN or inf" for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if wrong:
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
         for name, p in own.items():
             p.copy_(tensors[name])
         self.merge_lora(False)
-
 
 AutoConfig.register("l2d", L2DConfig)
 AutoModelForCausalLM.register(L2DConfig, L2D)

@@ -11,15 +11,16 @@ The same seed gives a question the same answer, alone or among others.
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LogitsProcessor, TextStreamer, logging
+from transformers import LogitsProcessor, TextStreamer
 
 from experiments.chats import render
-from l2d import L2D, TABLEAUS, TOKEN, VELOCITIES, uniform
+from experiments.trace import print_trace, trace
+from experiments.console import check_numbers, console, load_model, load_tokenizer, pick_device, some_text
+from l2d import TABLEAUS, TOKEN, VELOCITIES, uniform
 from train import last_run
 
 EXAMPLES = ["What is 17 times 23?", "Write a Python function that reverses a string.", "Why is the sky blue?"]
@@ -28,7 +29,7 @@ EXAMPLES = ["What is 17 times 23?", "Write a Python function that reverses a str
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="folder or hub name of the trained model (default: the last one in out/)")
-    parser.add_argument("--prompt", action="append", help="a question of your own; may be given several times")
+    parser.add_argument("--prompt", action="append", type=some_text, help="a question of your own; may be given several times")
     parser.add_argument("--interactive", action="store_true", help="chat")
     parser.add_argument("--steps", type=int, default=15, help="evaluations per token, T (default: %(default)s)")
     parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own number of steps")
@@ -40,7 +41,9 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0, help="of the noise and of sampling (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--trace", action="store_true", help="show how the first token came about")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_numbers(parser, vars(args), above_0=["max_new_tokens"], from_0=["temperature"])
+    return args
 
 
 class Sampler(LogitsProcessor):
@@ -65,22 +68,17 @@ def answer(model, tokenizer, messages, args, number):
     inputs = tokenizer(render(tokenizer, messages), return_tensors="pt", add_special_tokens=False).to(model.device)
     seeds = torch.tensor([args.seed * 1_000_003 + number], device=model.device)
     classes = torch.tensor([args.class_id], device=model.device) if args.class_id is not None else None
+    length, context = inputs["input_ids"].shape[1], model.base.config.max_position_embeddings
+    if length >= context:
+        raise ValueError(f"the chat has {length} tokens, but the model's context only {context}: ask a shorter question, or begin anew")
     if args.trace:
-        print_trace(model.trace(inputs["input_ids"], class_ids=classes, seeds=seeds), tokenizer)
+        print_trace(trace(model, inputs["input_ids"], class_ids=classes, seeds=seeds), tokenizer)
     sampler = Sampler(model, args.temperature, seeds)
     ids = model.generate(**inputs, seeds=seeds, class_ids=classes, do_sample=False, logits_processor=[sampler],
-                         max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+                         max_new_tokens=min(args.max_new_tokens, context - length), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
                          streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return text, torch.cat(sampler.evaluations).tolist()
-
-
-def print_trace(rows, tokenizer):
-    """One line per evaluation: the time, the token the model then believes in, how firmly, and how far x_t has moved."""
-    print(f"{'T':>4} {'t':>6}  {'most likely':<16}{'probability':>12}{'moved':>9}")
-    for n, row in enumerate(rows, start=1):
-        token = repr(tokenizer.decode([row["token"]]))
-        print(f"{n:4d} {row['t']:6.3f}  {token:<16}{row['probability']:12.3f}{row['moved']:9.2f}")
 
 
 def example_questions(model):
@@ -95,16 +93,16 @@ def example_questions(model):
 def load(args):
     """(model, tokenizer) of --out, with the settings of the command line."""
     folder = args.out or last_run("config.json", containing='"model_type": "l2d"')
+    device = pick_device(args.device)
     settings = {"steps": args.steps, "solver": args.solver, "velocity": args.velocity, "guidance": args.guidance}
-    model = L2D.from_pretrained(folder, **settings)
+    model = load_model(folder, **settings)
     if model.num_parameters() < 10_000_000:
         torch.set_num_threads(1)                         # for a model this small, threads only wait for each other
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     names = model.config.class_names
     if args.label is not None and args.label not in names:
         raise ValueError(f"label {args.label!r} is unknown; this model knows {', '.join(names) or 'no classes'}")
     args.class_id = None if args.label is None else names.index(args.label)
-    return model.to(device), AutoTokenizer.from_pretrained(folder)
+    return model.to(device), load_tokenizer(folder)
 
 
 def chat(model, tokenizer, args):
@@ -140,9 +138,5 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with console("sample.py"):
         main()
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"sample.py: error: {error}")

@@ -29,6 +29,7 @@ import sample as sample_script
 import train as train_script
 from experiments import naive, tiny
 from experiments.chats import load_data
+from experiments.trace import trace
 from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive,
                  solve_fixed, uniform)
 
@@ -1061,7 +1062,7 @@ def test_self_conditioning_hands_each_estimate_to_the_next_evaluation(w):
         contexts[0].previous = contexts[1].previous
     found, used = model.diffuse(read(model, class_ids=classes))
     torch.testing.assert_close(found, model.logits(x, 1.0, contexts[0]))
-    contexts[0].previous = None
+    contexts[0].previous = torch.zeros_like(x)
     assert not torch.allclose(found, model.logits(x, 1.0, contexts[0])) and used.tolist() == [4, 4, 4]
 
 
@@ -1116,8 +1117,8 @@ def test_class_where_there_are_none():
 
 @pytest.mark.parametrize("solver, steps", [("euler", 1), ("euler", 4), ("midpoint", 7)])
 def test_trace(solver, steps):
-    model = tiny_l2d(solver=solver)
-    rows = model.trace(IDS[:1], steps=steps, seeds=SEEDS[:1])
+    model = tiny_l2d(solver=solver, steps=steps)
+    rows = trace(model, IDS[:1], seeds=SEEDS[:1])
     times = [row["t"] for row in rows]
     assert len(rows) == steps and times == sorted(set(times)) and times[0] == 0 and times[-1] == (1 if steps > 1 else 0)
     with torch.no_grad():

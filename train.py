@@ -23,11 +23,12 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoConfig
 
 from experiments.chats import load_data, permutation
+from experiments.console import (check_numbers, check_out, console, load, load_base, load_options, load_tensors, load_tokenizer,
+                                 pick_device, read_log, save_tensors, write_text)
 from experiments.flops import peak_flops, update_flops
 from l2d import IGNORE, L2D, L2DConfig
 
@@ -36,13 +37,13 @@ CHOICES = {"dtype": ("bfloat16", "float32"), "method": ("l2d", "lora", "full")}
 OPTIONS = {                                              # name: (default, default of the tiny model, help)
     "model and data": {
         "model": (None, None, "base model: a hub name or a folder; without it, a tiny one is made on the spot"),
+        "method": ("l2d", "l2d", "l2d; or lora, full: finetune the base itself, for comparison"),
         "data": ("smoltalk", "made on the spot", ".jsonl file or hub data set; smoltalk is the paper's selection"),
         "label_column": (None, "label", "column that names a row's class: trains classes, for guidance"),
         "max_length": (2048, 64, "drop examples of more tokens"),
         "validation": (512, 512, "examples held out (at most a tenth; from SmolTalk's own test split)"),
         "out": (None, None, "output folder (default: out/NAME-l2d, or out/NAME-l2d-2, ...: nothing is overwritten)")},
     "diffusion path": {
-        "method": ("l2d", "l2d", "l2d; or lora, full: finetune the base itself, for comparison"),
         "sigma": (64.0, 3.0, "noise scale"),
         "dim": (256, 64, "size of the diffusion state"),
         "cond_dim": (256, 64, "size of the conditioning vector"),
@@ -85,14 +86,13 @@ def parse_args():
     args = {k: row["model" not in given] for group in OPTIONS.values() for k, row in group.items()}
     if given["resume"]:                                  # with the run's own options: else the result would be neither run's
         args["out"] = given.get("out") or str(last_run("args.json"))
-        args |= json.loads((Path(args["out"]) / "args.json").read_text(encoding="utf-8")) | {"out": args["out"]}
+        args |= load_options(args["out"]) | {"out": args["out"]}
         for k in given.keys() - {"device", "micro_batch_size", "resume", "out"}:
             if given[k] != args[k]:
                 parser.error(f"the run has {k}={args[k]}, so --resume cannot have {given[k]}; leave it out or start anew")
     args |= given
-    for k in ("batch_size", "micro_batch_size", "max_length", "max_steps", "eval_every", "save_every", "epochs", "lr", "clip"):
-        if args[k] is not None and not args[k] > 0:
-            parser.error(f"--{k.replace('_', '-')} {args[k]} must be above 0")
+    check_numbers(parser, args, below_1=("beta1", "beta2"), from_0=("validation", "min_lr", "warmup_steps", "weight_decay"), above_0=(
+        "batch_size", "micro_batch_size", "max_length", "max_steps", "epochs", "lr", "eps", "clip", "eval_every", "save_every"))
     return argparse.Namespace(**args)
 
 
@@ -174,26 +174,22 @@ def validate(model, data, args, pad):
     model.train()
     losses, bands = torch.cat(losses), (torch.cat(times) * 5).long()
     result = {"val_loss": losses.mean().item()}
-    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5) if args.method == "l2d"}
+    result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5) if b in bands and args.method == "l2d"}
     return result | {f"accuracy_T{T}": torch.cat(hits).mean().item() for T, hits in right.items()}
 
 
 def save_checkpoint(step, model, optimizer, args):
-    """Everything that continues the run after `step` updates, in one file that is moved into place when it is whole."""
+    """Everything that continues the run after `step` updates, in one file, which replaces the last one when it is whole."""
     tensors = {"step": torch.tensor(step)}
     for name, p in model.path_parameters().items():
         tensors |= {f"{key}.{name}": value for key, value in [("path", p.detach()), *optimizer.state[p].items()]}
-    making = Path(args.out) / "checkpoint.making"
-    save_file(tensors, making)
-    with open(making, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(making, Path(args.out) / "checkpoint.safetensors")
+    save_tensors(tensors, Path(args.out) / "checkpoint.safetensors")
 
 
 def load_checkpoint(model, optimizer, args):
     """Put the last checkpoint, if there is one, into model and optimizer. Returns the number of updates done."""
     file = Path(args.out) / "checkpoint.safetensors"
-    tensors = load_file(file) if file.exists() else {"step": torch.tensor(0)}
+    tensors = load_tensors(file) if file.exists() else {"step": torch.tensor(0)}
     step = int(tensors.pop("step"))
     if step:
         model.load_path({name[5:]: tensor for name, tensor in tensors.items() if name.startswith("path.")})
@@ -204,39 +200,39 @@ def load_checkpoint(model, optimizer, args):
 
 
 def build(args):
-    """(model, tokenizer, training examples, validation examples); fills in what args leave open."""
+    """(model, tokenizer, training examples, validation examples); fills in what args leave open. What can be wrong with the
+    options is found before the data are read, which may take long."""
+    check_out(args.out, args.resume)
+    args.device = pick_device(args.device)
     if args.model is None:
         from experiments.tiny import prepare
         args.model = str(prepare(seed=args.seed))
         if args.data == "made on the spot":
             args.data = os.path.join(args.model, "train.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {args.model} has no chat template; use an instruction-tuned model, or set one")
-    train, held_out = load_data(args.data, tokenizer, args.max_length, args.label_column, args.validation)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    settings = {k: getattr(args, k) for k in OPTIONS["diffusion path"]}
+    lm = load(AutoConfig, args.model)
+    L2DConfig(**settings).check(lm)
+    tokenizer = load_tokenizer(args.model, lm.vocab_size)
+    max_length = min(args.max_length, lm.max_position_embeddings)
+    train, held_out = load_data(args.data, tokenizer, max_length, args.label_column, args.validation)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
+    base = load_base(args.model, dtype=dtype).to(args.device)
     labels = sorted({e["label"] for e in train if e["label"] is not None}) if args.label_column else []
     torch.manual_seed(args.seed)
-    keys = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps", "class_dropout", "self_condition")
     if args.method == "l2d":
-        model = L2D(L2DConfig(base_model=args.model, class_names=labels, **{k: getattr(args, k) for k in keys}), base).train()
+        model = L2D(L2DConfig(base_model=args.model, class_names=labels, **settings), base).train()
     else:
         from experiments.finetune import Finetuned
         model = Finetuned(base, args.method, args.lora_rank, args.lora_alpha)
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
     name = os.path.basename(os.path.normpath(args.model)) + f"-{args.method}"
     args.out = args.out or next(f"out/{name}{n}" for n in ("", *range(-2, -10_000, -1)) if not os.path.exists(f"out/{name}{n}"))
-    if not args.resume and os.path.exists(os.path.join(args.out, "args.json")):
-        raise ValueError(f"{args.out} already holds a run: continue it with --resume, or give another --out")
     return model, tokenizer, train, held_out
 
 
 def open_log(file, step):
     """The log, without lines of updates that a kill has undone."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    file.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step), encoding="utf-8")
+    write_text(file, "".join(json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= step))
     return open(file, "a", encoding="utf-8", buffering=1)
 
 
@@ -262,26 +258,26 @@ def train(args):
     print(f"{sum(p.numel() for p in named):,} trained parameters; {len(data):,} examples, {len(held_out):,} held out; "
           f"{args.max_steps:,} steps of {args.batch_size} on {args.device}; writing to {out}/")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(args) | {"resume": False}, indent=2), encoding="utf-8")
+    write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
     tokenizer.save_pretrained(out)
     log = open_log(out / "log.jsonl", step)
     stop = []                                            # Ctrl-C ends the run after the update it falls in
     signal.signal(signal.SIGINT, lambda *_: stop.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
-    bar = tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps")
-    while step < args.max_steps and not stop:
-        start = time.perf_counter()
-        line = update(step, model, optimizer, data, args, tokenizer.pad_token_id or 0)
-        step, seconds = step + 1, time.perf_counter() - start
-        bar.update()
-        bar.set_postfix(report(line, seconds, model, args), refresh=False)
-        print(json.dumps(line), file=log)
-        if held_out and (step % args.eval_every == 0 or step == args.max_steps):
-            result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
-            print(json.dumps({"step": step} | result), file=log)
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
-        if step % args.save_every == 0 or step == args.max_steps or stop:
-            save_checkpoint(step, model, optimizer, args)
-    bar.close()
+    with tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps") as bar:
+        while step < args.max_steps and not stop:
+            start = time.perf_counter()
+            line = update(step, model, optimizer, data, args, tokenizer.pad_token_id or 0)
+            step, seconds = step + 1, time.perf_counter() - start
+            bar.update()
+            bar.set_postfix(report(line, seconds, model, args), refresh=False)
+            print(json.dumps(line), file=log)
+            if held_out and (step % args.eval_every == 0 or step == args.max_steps):
+                result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
+                print(json.dumps({"step": step} | result), file=log)
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+            if step % args.save_every == 0 and step < args.max_steps:
+                save_checkpoint(step, model, optimizer, args)
+    save_checkpoint(step, model, optimizer, args)        # here, so that Ctrl-C cannot fall between the question and the saving
     log.close()
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
@@ -291,9 +287,5 @@ def train(args):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with console("train.py"):
         train(parse_args())
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"train.py: error: {error}")

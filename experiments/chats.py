@@ -3,12 +3,15 @@
 Used by train.py (`load_data`) and by sample.py (`render`)."""
 
 import json
+import os
 from array import array
 from collections import Counter
 from functools import lru_cache
 
 import torch
 from tqdm import tqdm
+
+from experiments.console import one_line
 
 SMOLTALK = {"self-oss-instruct": "coding", "metamathqa-50k": "math", "numina-cot-100k": "math", "openhermes-100k": "general",
             "smol-magpie-ultra": None}                   # the paper's subsets (B.1), their class (Table 5); None: by category
@@ -19,10 +22,13 @@ DATE = "26 Jul 2024"                                     # what a chat template 
 
 def read_rows(data):
     """(training rows, validation rows or None), as they are in the source; a line that is no JSON stays a string."""
-    from datasets import concatenate_datasets, load_dataset
     if data == "smoltalk":
+        from datasets import concatenate_datasets        # here: a file needs no datasets, which take a second to import
         return tuple(concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK]) for split in ("train", "test"))
     if not data.endswith((".jsonl", ".json")):
+        if os.path.isfile(data):
+            raise ValueError(f"{data} must be a .jsonl file, with a JSON object in every line")
+        from datasets import load_dataset
         name, subset, split = (data.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train"), None
     rows = []
@@ -30,7 +36,7 @@ def read_rows(data):
         for line in filter(str.strip, file):
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 rows.append(line)
     return rows, None
 
@@ -57,12 +63,30 @@ def turns(row, tokenizer):
         raise ValueError("not a JSON object")
     messages = row.get("messages") or [{"role": role, "content": next((row[k] for k in names if k in row), None)}
                                        for role, names in (("user", QUESTION), ("assistant", ANSWER))]
-    if not all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in messages):
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") and isinstance(m.get("content"), str) for m in messages):
         raise ValueError("no messages with role and content, and no question with an answer")
+    if not all(is_unicode(m["content"]) for m in messages):
+        raise ValueError("half characters (surrogates)")
     answers = [k for k, m in enumerate(messages) if m["role"] == "assistant" and m["content"]]
     if not answers:
         raise ValueError("no assistant turn")
     return [(render(tokenizer, messages[:k]), render(tokenizer, messages[:k + 1], answer=True)) for k in answers]
+
+
+def is_unicode(text):
+    """Whether a text can be written as UTF-8: JSON's \\u escapes can hold halves of characters, which tokenizers do not take."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def label_of(row, column):
+    """A row's class as a text, or None. ValueError: it is a list, say."""
+    label = row.get(column)
+    if label is not None and not isinstance(label, (str, int, float)):
+        raise ValueError(f"{column}={label!r} is no label: it must be a text or a number")
+    return None if label is None else str(label)
 
 
 def encode(rows, tokenizer, max_length, label_column, problems):
@@ -70,11 +94,11 @@ def encode(rows, tokenizer, max_length, label_column, problems):
     texts, labels, found = [], [], []
     for row in rows:
         try:
-            pairs = turns(row, tokenizer)
+            pairs, label = turns(row, tokenizer), label_of(row, label_column)
             texts += [text for pair in pairs for text in pair]
-            labels += [row.get(label_column)] * len(pairs)
+            labels += [label] * len(pairs)
         except Exception as error:                       # templates raise their own, for roles out of order say
-            problems[str(error).splitlines()[0]] += 1
+            problems[one_line(error, 200)] += 1
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     for prompt, whole, label in zip(ids[::2], ids[1::2], labels):
         if tokenizer.eos_token_id in whole[len(prompt):]:            # what a template writes after the end is not learnt
@@ -88,8 +112,8 @@ def encode(rows, tokenizer, max_length, label_column, problems):
     return found
 
 
-def load_examples(rows, tokenizer, max_length, label_column):
-    """The examples of all rows, a thousand rows at a time. ValueError: none usable."""
+def load_examples(rows, tokenizer, max_length, label_column, data):
+    """The examples of all rows of `data`, a thousand rows at a time. ValueError: none usable, or none with a label."""
     problems, found = Counter(), []
     for i in tqdm(range(0, len(rows), 1000), desc="reading chats, in thousands"):
         chunk = [rows[j] for j in range(i, min(i + 1000, len(rows)))]
@@ -97,7 +121,12 @@ def load_examples(rows, tokenizer, max_length, label_column):
     for problem, count in problems.most_common():
         print(f"left out {count:,} (of {len(rows):,} rows): {problem}")
     if not found:
-        raise ValueError(f"there is no usable row in the data, of {len(rows):,}; `python train.py --help` says what a row looks like")
+        why = "; ".join(problem for problem, _ in problems.most_common(3)) or "it is empty"
+        raise ValueError(f"there is no usable row in {data}, of {len(rows):,} rows ({why}); `python train.py --help` says what a row "
+                         "looks like")
+    if label_column and all(e["label"] is None for e in found):
+        known = ", ".join(next(row for row in rows if isinstance(row, dict)))
+        raise ValueError(f"no row of {data} has a label in the column {label_column!r}; the columns are {known}")
     return found
 
 
@@ -106,10 +135,10 @@ def load_data(data, tokenizer, max_length=2048, label_column=None, validation=51
 
     At most `validation` examples, and a tenth of all, are held out, always the same. ValueError: no usable row."""
     rows, test = read_rows(data)
-    found = load_examples(rows, tokenizer, max_length, label_column)
+    found = load_examples(rows, tokenizer, max_length, label_column, data)
     if test is not None:
         few = [test[i] for i in permutation(len(test), 0)[:validation]]
-        return found, load_examples(few, tokenizer, max_length, label_column)
+        return found, load_examples(few, tokenizer, max_length, label_column, data)
     order, few = permutation(len(found), 0), min(validation, len(found) // 10)
     return [found[i] for i in order[few:]], [found[i] for i in order[:few]]
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments.console import console, load, load_base
 from l2d import L2D, L2DConfig
 
 FILES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin")       # of a folder, the first that is there
@@ -97,10 +98,12 @@ def match(model, tensors):
     base = model.base.state_dict()
     wrong = [f"{name} is unknown" for name in tensors if name not in own and WRAPPED.sub(r"\1", name) not in base]
     wrong += [f"{name} is missing" for name in own if name not in tensors]
+    wrong += [f"{name} is {list(tensors[name].shape)}, but the base's {list(p.shape)}" for name, p in base.items()
+              if name in tensors and tensors[name].shape != p.shape]
     wrong += [f"{name} is {list(tensors[name].shape)}, not {list(shape)}" for name, (_, shape) in own.items()
               if name in tensors and tensors[name].shape != shape]
     if wrong:
-        raise ValueError("\n  ".join(["the checkpoint does not fit a diffusion path on this base:", *wrong]))
+        raise ValueError("the checkpoint does not fit a diffusion path on this base: " + "; ".join(wrong))
     return {ours: tensors[name].t() if "lora" in ours else tensors[name] for name, (ours, _) in own.items()}
 
 
@@ -136,7 +139,8 @@ def convert(checkpoint, base_name, out, sigma=64.0, lora_alpha=None, class_names
         raise ValueError(f"{len(class_names)} class names given, but the checkpoint has {classes} classes")
     config = L2DConfig(base_name, sigma=sigma, class_names=class_names, **sizes)
     config.lora_alpha = lora_alpha or float(config.lora_rank)
-    model = L2D(config, AutoModelForCausalLM.from_pretrained(base_name))
+    config.check(load(AutoConfig, base_name))
+    model = L2D(config, load_base(base_name))
     model.load_path(match(model, tensors))
     compare_base(model.base, tensors)
     model.save_pretrained(out)
@@ -171,10 +175,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    try:
+    with console("convert.py"):
         model = convert(args.checkpoint, args.base, args.out, args.sigma, args.lora_alpha, args.class_names)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     config, count = model.config, sum(p.numel() for p in model.path_parameters().values())
     lora = f" of rank {config.lora_rank} (alpha {config.lora_alpha:g})" if config.path == "lora" else ""
     print(f"{config.path} path{lora}, dim {config.dim}, cond_dim {config.cond_dim}, sigma {config.sigma:g}, "

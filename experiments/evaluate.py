@@ -26,13 +26,14 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import render
-from experiments.tiny import KINDS, questions
-from l2d import L2D, TABLEAUS, VELOCITIES
+from experiments.console import check_numbers, console, load, load_model, load_tokenizer
+from experiments.tiny import KINDS, LABELS, questions
+from l2d import L2D, TABLEAUS, VELOCITIES, intervals
 from sample import Sampler
 from train import last_run
 
@@ -70,11 +71,15 @@ class Bench:
     @cached_property
     def loaded(self):
         """(model, tokenizer); the model's own `diffuse` and configuration are what settings change."""
-        return AutoModelForCausalLM.from_pretrained(self.folder).eval(), AutoTokenizer.from_pretrained(self.folder)
+        model = load_model(self.folder) if self.is_l2d else load(AutoModelForCausalLM, self.folder).eval()
+        return model, load_tokenizer(self.folder)
 
     @cached_property
     def is_l2d(self):
-        return json.loads((Path(self.folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == "l2d"
+        file = Path(self.folder) / "config.json"
+        if not file.exists():
+            raise OSError(f"{self.folder} holds no trained model (there is no {file}): train one, or name another with --out")
+        return json.loads(file.read_text(encoding="utf-8"))["model_type"] == "l2d"
 
     def record(self, line):
         """Append a result to the file."""
@@ -141,6 +146,9 @@ def lines_of(bench, args):
     if not bench.is_l2d:
         return [(f"{Path(bench.folder).name}, {kind}", {"temperature": tau}) for tau, kind in both]
     if args.guidance:
+        if not {*LABELS} <= {*bench.loaded[0].config.class_names}:
+            raise ValueError(f"{bench.folder} cannot be guided by the questions' labels {', '.join(LABELS)}: its classes are "
+                             f"{', '.join(bench.loaded[0].config.class_names) or 'none'}; train it with --label-column label")
         return [(f"guidance {w:g}", {"guidance": w, "steps": args.steps[-1], "kinds": KINDS[3:], "labels": True}) for w in args.guidance]
     if args.beams:
         return [(f"T = {T}, {beams} beams", {"steps": T, "beams": beams, "temperature": 0.0}) for T in args.steps for beams in args.beams]
@@ -231,7 +239,27 @@ def parse_args():
     parser.add_argument("--figure", metavar="FILE", help="draw accuracy against T")
     from experiments import harness                      # not above: it needs this file
     harness.add_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_numbers(parser, vars(args))
+    if args.questions < 3:
+        parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
+    if args.figure:
+        check_figure(parser, args)
+    return args
+
+
+def check_figure(parser, args):
+    """parser.error where --figure could not be drawn, before the measurements: they take long."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        parser.error("--figure needs matplotlib: pip install -r experiments/requirements.txt")
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if Path(args.figure).suffix[1:] not in known:
+        parser.error(f"--figure {args.figure} must end in one of {', '.join(known)}")
+    if args.guidance or args.beams or (args.solver and TABLEAUS[args.solver].error) or 1 not in args.steps:
+        parser.error(f"--figure draws accuracy against T: it needs 1 among --steps {' '.join(map(str, args.steps))}, a solver of fixed "
+                     f"steps (not {args.solver}, if that is adaptive), and neither --guidance nor --beams")
 
 
 def model_folders(args):
@@ -246,6 +274,8 @@ def main():
     if args.tasks:
         from experiments.harness import evaluate
         return evaluate(args, model_folders(args))
+    for T in args.steps:
+        intervals(args.solver or "midpoint", T)          # ValueError before the measurements
     torch.set_num_threads(1)                             # for models this small, threads only wait for each other
     lines = report([table(Bench(folder, args.again), args) for folder in model_folders(args)])
     if args.figure:
@@ -253,9 +283,5 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with console("evaluate.py"):
         main()
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"evaluate.py: error: {error}")

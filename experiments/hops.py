@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import logging
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import evaluate, tiny
+from experiments.console import console
 
 LINKS, ALOUD, SILENT = 6, (1, 2, 3), (1, 2)              # links in a question; how many the base follows, and the path
 STEPS = (1, 3, 5, 7, 15, 31)
@@ -72,6 +72,8 @@ def prepare(seed):
     right = 0.0
     for step in bar:
         ids, labels = tiny.encode(questions(128, f"base {seed} {step}", ALOUD, aloud=True), tokenizer)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50)
         logits, keep = model(ids).logits[:, :-1], labels[:, 1:] != -100
         loss = torch.nn.functional.cross_entropy(logits[keep], labels[:, 1:][keep])
         loss.backward()
@@ -98,7 +100,8 @@ def train(seed, self_condition):
         begun = Path(out, "checkpoint.safetensors").exists()
         options = ["--resume"] if begun else ["--model", base, "--data", base / "train.jsonl", "--seed", seed,
                                               "--self-condition", int(self_condition), *RECIPE]
-        subprocess.run([sys.executable, ROOT / "train.py", "--out", out, *map(str, options)], check=True)
+        if subprocess.run([sys.executable, ROOT / "train.py", "--out", out, *map(str, options)]).returncode:
+            raise RuntimeError(f"the training of {out} failed: see above")
     return out
 
 
@@ -126,9 +129,5 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with console("hops.py"):
         main()
-    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
-        sys.exit(f"hops.py: error: {error}")

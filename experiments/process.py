@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import DynamicCache, logging
+from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments.console import console
 from experiments.evaluate import Bench, model_folders
 from experiments.tiny import KINDS, encode, questions
 from l2d import IGNORE
@@ -148,9 +149,5 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with console("process.py"):
         main()
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"process.py: error: {error}")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from experiments.console import console
 from experiments.evaluate import student
 
 ROOT, FIGURES = Path(__file__).parent.parent, Path(__file__).parent / "figures"
@@ -338,7 +339,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with console("reproduce.py"):
         main()
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"reproduce.py: error: {error}")

@@ -246,7 +246,7 @@ def test_pickled_objects_are_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"{name} cannot be read.*could run code"):
             convert(tmp_path / name, "no-such-base", tmp_path / "out")
     message = run_here(monkeypatch, tmp_path / "zip.pt", "--base", "no-such-base", "--out", tmp_path / "out")
-    assert message.startswith("error: ") and "zip.pt cannot be read" in message and "\n" not in message
+    assert message.startswith("convert.py: error: ") and "zip.pt cannot be read" in message and "\n" not in message
     assert not trap.exists() and not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,182 @@
+"""What the scripts share at the terminal and on the disk: errors in one line, a device that is there, files that are whole."""
+
+import argparse
+import json
+import math
+import os
+import sys
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+from l2d import L2D
+
+
+@contextmanager
+def console(script):
+    """Run a script: the libraries are quiet, what goes wrong ends it with one line and exit code 1, Ctrl-C with 130."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped")
+        sys.exit(130)
+    except (OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
+        where = "in the chat template: " if isinstance(error, TemplateError) else ""
+        sys.exit(f"{script}: error: {where}{one_line(error)}")
+
+
+def one_line(error, most=1000):
+    """An error's text without line breaks; the libraries' run over several lines, and some over pages."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most - 4] + " ..."
+
+
+def load(kind, name, **kwargs):
+    """kind.from_pretrained(name), for a base's model, configuration or tokenizer. OSError: names it and says why it cannot be
+    loaded. One that brings code of its own is refused (the library would ask whether to run it)."""
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:                           # of any kind: half a file, a gated model, no network, a missing library
+        what = {"AutoTokenizer": "tokenizer", "AutoConfig": "configuration"}.get(kind.__name__, "model")
+        raise OSError(f"no {what} can be loaded from {name}; give a causal LM's folder, or its hub name if you have access to it: "
+                      + one_line(error, 400)) from None
+
+
+def load_base(name, **kwargs):
+    """The frozen LM, checked to be whole. ValueError: names tensors that are missing (the library would make them up) or NaN."""
+    base, found = load(AutoModelForCausalLM, name, output_loading_info=True, **kwargs)
+    wrong = [f"{key} is missing" for key in sorted(found["missing_keys"])]
+    wrong += [f"{key} holds NaN or inf" for key, p in base.named_parameters() if not p.isfinite().all()]
+    if wrong:
+        raise ValueError(f"the model {name} is damaged, fetch it again: " + "; ".join(wrong))
+    return base
+
+
+def load_model(folder, **settings):
+    """A trained path with its base. OSError: one of the two is not there; ValueError: see `L2D.from_pretrained`."""
+    try:
+        return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
+    except OSError as error:
+        raise OSError(f"no trained path can be loaded from {folder}: {one_line(error, 400)}") from None
+
+
+def load_tokenizer(name, vocab_size=math.inf):
+    """A tokenizer with what chats need. ValueError: it lacks something, or has more tokens than the model has embeddings."""
+    tokenizer = load(AutoTokenizer, name)
+    for what in ("chat_template", "eos_token"):
+        if getattr(tokenizer, what) is None:
+            raise ValueError(f"the tokenizer of {name} has no {what.replace('_', ' ')}; use an instruction-tuned model, or set one")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model only {vocab_size}; take the tokens off, or "
+                         "resize the model's embeddings")
+    return tokenizer
+
+
+def pick_device(wanted=None):
+    """The device `wanted`, or the first there is of cuda, mps and cpu. ValueError: it is not there; names those that are."""
+    there = [name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()] + ["cpu"]
+    try:
+        torch.zeros(1, device=wanted or there[0]).cpu()
+    except (RuntimeError, AssertionError):               # torch asserts that it was compiled with CUDA
+        raise ValueError(f"the device {wanted} is not there; use one of {', '.join(there)}") from None
+    return wanted or there[0]
+
+
+def check_numbers(parser, args, above_0=(), from_0=(), below_1=()):
+    """parser.error about the first option that is out of its range (NaN and inf are in none); args: name -> number or None."""
+    rules = dict.fromkeys(above_0, ("above 0", lambda v: 0 < v < math.inf))
+    rules |= dict.fromkeys(from_0, ("0 or more", lambda v: 0 <= v < math.inf))
+    rules |= dict.fromkeys(below_1, ("0 or more and below 1", lambda v: 0 <= v < 1))
+    rules["seed"] = f"in 0..{2**22 - 1}", lambda v: 0 <= v < 2**22               # with a position it makes one int64 address
+    for name, (rule, good) in rules.items():
+        if args[name] is not None and not good(args[name]):
+            parser.error(f"--{name.replace('_', '-')} {args[name]} must be {rule}")
+
+
+def some_text(text):
+    """argparse's type of an option that is a text, and not an empty one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
+
+
+# ---- Files that are whole, or not there ------------------------------------------------------------------------------
+
+def write_whole(file, write):
+    """write(making) a file beside `file`, and move it into place when it is on the disk. OSError: it cannot be written; whatever
+    was there before is as it was."""
+    making = Path(file).with_suffix(".making")
+    try:
+        write(making)
+        with open(making, "rb+") as done:
+            os.fsync(done.fileno())
+        os.replace(making, file)
+    except (OSError, SafetensorError) as error:
+        making.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written ({one_line(error)}); the one before is untouched: make room or change the "
+                      "rights, then continue with --resume") from None
+
+
+def write_text(file, text):
+    write_whole(file, lambda making: making.write_text(text, encoding="utf-8"))
+
+
+def checksum(tensors):
+    """A number that changes with any bit of any tensor: the tensors' CRC-32, added up in a way that depends on their names."""
+    crcs = [zlib.crc32(tensors[name].detach().cpu().numpy(), zlib.crc32(name.encode())) for name in sorted(tensors)]
+    return torch.tensor(sum(crcs))
+
+
+def save_tensors(tensors, file):
+    """safetensors with a checksum, so that a bit that flips on the disk does not go unnoticed into a run that goes on."""
+    write_whole(file, lambda making: save_file(tensors | {"checksum": checksum(tensors)}, making))
+
+
+def load_tensors(file):
+    """What `save_tensors` wrote; safetensors run no code. ValueError: the file is damaged, or another's."""
+    try:
+        tensors = load_file(file)
+        if tensors.pop("checksum").item() == checksum(tensors).item():
+            return tensors
+    except (SafetensorError, KeyError, RuntimeError):
+        pass
+    raise ValueError(f"{file} is damaged, or no checkpoint: put back a copy, or delete it to begin again at step 0")
+
+
+def check_out(out, resume):
+    """ValueError: the output folder `out` (None: a new one) is a file, or holds a run and shall not be resumed."""
+    if out and os.path.isfile(out):
+        raise ValueError(f"{out} is a file: name a folder with --out")
+    if out and not resume and os.path.exists(os.path.join(out, "args.json")):
+        raise ValueError(f"{out} already holds a run: continue it with --resume, or give another --out")
+
+
+def load_options(folder):
+    """The options that a run was started with. ValueError: there is no run, or its args.json is damaged."""
+    file = Path(folder) / "args.json"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no run to resume: start one with `python train.py --out {folder}`")
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+    except (ValueError, AttributeError):
+        raise ValueError(f"{file} is damaged: put back a copy, or start anew with another --out") from None
+
+
+def read_log(file):
+    """The lines of a log as dictionaries; one that a kill has cut off is left out. ValueError: another one is damaged."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found += [json.loads(line)] if line.endswith("\n") else []
+        except ValueError:
+            raise ValueError(f"{file} is damaged in line {number}: delete that line, or the file") from None
+    return found

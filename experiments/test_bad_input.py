@@ -1,0 +1,482 @@
+"""What people will give the scripts and functions by mistake: pytest experiments/test_bad_input.py
+
+Every case must end in one line that names the value and says what would be right, with exit code 2 (usage) or 1 (failure):
+never in a stack trace, never in a silently wrong result, and with nothing written. The scripts run in this process, where an
+exception that would be a stack trace fails the test as itself; a few run as users run them.
+"""
+
+import json
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"                       # an unreachable hub, everywhere and at once
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+from experiments import tiny
+from experiments.trace import trace
+from l2d import L2D, TABLEAUS, L2DConfig, solve_adaptive
+from test_convert import Trap, make, release_state_dict
+
+torch.set_num_threads(1)
+
+TRAIN = ["train.py", "--model", "base", "--data", "chats.jsonl", "--out", "new", "--max-steps", "2", "--batch-size", "4",
+         "--dim", "8", "--cond-dim", "8", "--lora-rank", "2", "--device", "cpu"]
+SAMPLE = ["sample.py", "--out", "path", "--prompt", "12*3", "--steps", "3", "--max-new-tokens", "2", "--device", "cpu"]
+EVALUATE = ["experiments/evaluate.py", "--out", "path", "--questions", "3", "--steps", "1", "3"]
+CONVERT = ["experiments/convert.py", "release.safetensors", "--base", "release-base", "--out", "new"]
+
+
+def path_on(folder, base, **config):
+    """A path with random parameters on `base`, and the tokenizer, in `folder`."""
+    torch.manual_seed(0)
+    model = L2D(L2DConfig(str(base.name_or_path), dim=8, cond_dim=8, sigma=3.0, lora_rank=2, **config), base)
+    for p in model.path_parameters().values():
+        p.data.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A base, a path on it with classes and one without, data, a run to resume, a checkpoint of the release."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(0)
+    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    path_on(folder / "path", base, class_names=("math", "fact", "string"))
+    path_on(folder / "plain", base)
+    rows = "".join(json.dumps(row) + "\n" for row in tiny.questions(40, seed=0))
+    (folder / "chats.jsonl").write_text(rows)
+    save_file(release_state_dict(make(folder)), folder / "release.safetensors")
+    shutil.move(folder / "base", folder / "swap")        # `make` has written its own base over ours
+    (folder / "swap").rename(folder / "release-base")
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *TRAIN[1:6], "run", *TRAIN[7:], "--save-every", "1"],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A folder of one's own with copies of the world's things, to spoil."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def call(script, args, monkeypatch, capsys):
+    """Run a script in this process: its exit code, and all it wrote to stderr as lines."""
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    handler, code = signal.getsignal(signal.SIGINT), 0
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    err = capsys.readouterr().err
+    if isinstance(code, str):                            # sys.exit(text) is exit code 1 with the text on stderr
+        code, err = 1, err + "\n" + code
+    return code, err.replace("\r", "\n").splitlines()
+
+
+def check(code, lines, expected, script, texts):
+    errors = [line for line in lines if "rror" in line]
+    assert code == expected, lines
+    assert len(errors) == 1 and lines[-1] == errors[0] and errors[0].startswith(f"{Path(script).name}: error: "), lines
+    assert len(errors[0]) < 1100, errors
+    for text in texts:
+        assert text in errors[0], (text, errors)
+
+
+# ---- What is spoilt before the script runs: functions of nothing, in a folder of their own ----------------------------
+
+def write(name, content):
+    def spoil():
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return spoil
+
+
+def rows(*rows):
+    return write("bad.jsonl", "\n".join(json.dumps(row) for row in rows))
+
+
+def chat(content="1*1", answer="1", **more):
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}], **more}
+
+
+def edit(file, **changes):
+    """Change keys of a JSON file; None removes one."""
+    def spoil():
+        old = json.loads(Path(file).read_text()) | changes
+        Path(file).write_text(json.dumps({k: v for k, v in old.items() if v is not None}))
+    return spoil
+
+
+def flip(file, where, bit=4):
+    """Flip one bit, `where` as a share of the file."""
+    def spoil():
+        data = bytearray(Path(file).read_bytes())
+        data[int(where * len(data))] ^= 1 << bit
+        Path(file).write_bytes(data)
+    return spoil
+
+
+def cut(file, share):
+    return lambda: Path(file).write_bytes(Path(file).read_bytes()[:int(share * os.path.getsize(file))])
+
+
+def weights(file, change):
+    def spoil():
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+    return spoil
+
+
+def poison(value, name="vocabulary.proj.weight"):
+    return lambda tensors: tensors[name].view(-1)[:1].fill_(value)
+
+
+def other_model(config):
+    def spoil():
+        shutil.rmtree("base")
+        if isinstance(config, T5Config):
+            config.save_pretrained("base")
+        else:
+            {"gpt2": GPT2LMHeadModel, "bert": BertLMHeadModel}[config.model_type](config).save_pretrained("base")
+        tiny.make_tokenizer().save_pretrained("base")
+    return spoil
+
+
+def tokenizer(folder, **changes):
+    def spoil():
+        own = AutoTokenizer.from_pretrained(folder)
+        for key, value in changes.items():
+            setattr(own, key, value)
+        for file in ("chat_template.jinja", "tokenizer_config.json"):
+            Path(folder, file).unlink(missing_ok=True)
+        own.save_pretrained(folder)
+    return spoil
+
+
+def longer_tokenizer():
+    own = AutoTokenizer.from_pretrained("base")
+    own.add_tokens(["1*1", "new"])
+    own.save_pretrained("base")
+
+
+def custom_code():
+    """A base that asks for its own code to be run."""
+    Path("base/trap.py").write_text("open('trapped', 'w')\nclass C: pass\n")
+    edit("base/config.json", model_type="mine", architectures=["C"], auto_map={"AutoConfig": "trap.C", "AutoModelForCausalLM": "trap.C"})()
+
+
+def pickled(folder, name):
+    def spoil():
+        Path(folder, "model.safetensors").unlink()
+        Path(folder, name).write_bytes(pickle.dumps({"vocabulary.proj.weight": Trap("trapped")}))
+    return spoil
+
+
+def pickled_checkpoint():
+    Path("run/checkpoint.safetensors").write_bytes(pickle.dumps({"step": Trap("trapped")}))
+
+
+def smaller_base():
+    torch.manual_seed(0)
+    tiny.make_model(tiny.make_tokenizer(), hidden=16, layers=2, ffn=48).save_pretrained("base")
+
+
+def no_disk():
+    shutil.rmtree("run")
+    Path("run").write_text("a file")
+
+
+nothing = lambda: None
+DEEP = '{"messages": ' + "[" * 100_000
+RESUME = ["train.py", "--resume", "--out", "run"]
+
+SCRIPTS = {                                              # name: (what is spoilt, command, exit code, parts of the line)
+    # models
+    "unknown model": (nothing, [*TRAIN, "--model", "nobody/no-such-model"], 1, ["nobody/no-such-model"]),
+    "unreachable hub": (nothing, [*TRAIN, "--model", "gpt2"], 1, ["gpt2"]),
+    "folder without config": (lambda: os.mkdir("empty"), [*TRAIN, "--model", "empty"], 1, ["empty"]),
+    "model is a file": (nothing, [*TRAIN, "--model", "chats.jsonl"], 1, ["chats.jsonl"]),
+    "half a config": (cut("base/config.json", 0.5), TRAIN, 1, ["base", "config"]),
+    "half a base": (cut("base/model.safetensors", 0.5), TRAIN, 1, ["base"]),
+    "wrong architecture": (other_model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=60)), TRAIN, 1, ["'gpt2'", "llama, mistral"]),
+    "encoder": (other_model(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=60)),
+                TRAIN, 1, ["'bert'", "llama, mistral"]),
+    "encoder and decoder": (other_model(T5Config()), TRAIN, 1, ["'t5'", "llama, mistral"]),
+    "custom code": (custom_code, TRAIN, 1, ["base"]),
+    "no chat template": (tokenizer("base", chat_template=None), TRAIN, 1, ["base", "no chat template", "instruction-tuned"]),
+    "no eos": (tokenizer("base", eos_token=None), TRAIN, 1, ["base", "no eos token", "set one"]),
+    "more tokens than embeddings": (longer_tokenizer, TRAIN, 1, ["46 tokens", "only 44", "tokenizer", "base"]),
+    "NaN in the base": (weights("base/model.safetensors", poison(float("nan"), "model.norm.weight")), TRAIN, 1, ["model.norm.weight", "NaN", "base"]),
+    # data
+    "no data": (nothing, [*TRAIN, "--data", "none.jsonl"], 1, ["none.jsonl"]),
+    "data is a folder": (lambda: os.mkdir("folder.jsonl"), [*TRAIN, "--data", "folder.jsonl"], 1, ["folder.jsonl"]),
+    "unknown hub data": (nothing, [*TRAIN, "--data", "nobody/no-such-data"], 1, ["nobody/no-such-data"]),
+    "another suffix": (write("chats.txt", "1*1"), [*TRAIN, "--data", "chats.txt"], 1, ["chats.txt", ".jsonl"]),
+    "empty data": (write("bad.jsonl", ""), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row", "--help"]),
+    "binary data": (write("bad.jsonl", bytes(range(256)) * 40), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row"]),
+    "half-written data": (write("bad.jsonl", json.dumps(chat())[:30]), [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row", "not a JSON object"]),
+    "deeply nested data": (write("bad.jsonl", DEEP), [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row"]),
+    "no fields": (rows({"text": "1*1"}, {}), [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row", "of 2 rows", "no messages"]),
+    "null fields": (rows(chat(answer=None), {"prompt": "1*1", "response": None}, {"messages": None}, {"messages": 5}),
+                    [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row", "of 4 rows"]),
+    "numbers as rows": (rows(1, [2], "3", None), [*TRAIN, "--data", "bad.jsonl"], 1, ["of 4 rows", "not a JSON object"]),
+    "broken characters": (rows(chat("1*\ud800"), chat(answer="\udfff")), [*TRAIN, "--data", "bad.jsonl"], 1, ["of 2 rows"]),
+    "no answer": (rows({"messages": [{"role": "user", "content": "1*1"}]}), [*TRAIN, "--data", "bad.jsonl"], 1, ["no assistant turn"]),
+    "roles out of order": (lambda: (tokenizer("base", chat_template="{{ raise_exception('roles must alternate') }}")(), rows(chat())()),
+                           [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row", "roles must alternate"]),
+    "template out of its sandbox": (tokenizer("base", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"), TRAIN, 1,
+                                    ["no usable row", "unsafe"]),
+    "too long an answer": (rows(chat(answer="1" * 40)), [*TRAIN, "--data", "bad.jsonl", "--max-length", "20"], 1,
+                           ["no usable row", "longer than 20 tokens"]),
+    "a huge answer": (rows(chat(answer="1" * 300_000)), [*TRAIN, "--data", "bad.jsonl"], 1, ["longer than 128 tokens"]),
+    "no such column": (nothing, [*TRAIN, "--label-column", "topic"], 1, ["topic", "label", "messages"]),
+    "labels that are lists": (rows(*[chat(label=["a", "b"])] * 20), [*TRAIN, "--data", "bad.jsonl", "--label-column", "label"], 1,
+                              ["label", "['a', 'b']"]),
+    # options of training
+    "batch 0": (nothing, [*TRAIN, "--batch-size", "0"], 2, ["--batch-size 0", "above 0"]),
+    "half a batch": (nothing, [*TRAIN, "--batch-size", "1.5"], 2, ["--batch-size", "1.5"]),
+    "micro-batch -1": (nothing, [*TRAIN, "--micro-batch-size", "-1"], 2, ["--micro-batch-size -1", "above 0"]),
+    "no learning rate": (nothing, [*TRAIN, "--lr", "nan"], 2, ["--lr nan", "above 0"]),
+    "negative end of the decay": (nothing, [*TRAIN, "--min-lr", "-1"], 2, ["--min-lr -1", "0 or more"]),
+    "negative warm-up": (nothing, [*TRAIN, "--warmup-steps", "-5"], 2, ["--warmup-steps -5", "0 or more"]),
+    "negative validation": (nothing, [*TRAIN, "--validation", "-5"], 2, ["--validation -5", "0 or more"]),
+    "endless epochs": (nothing, [*TRAIN, "--epochs", "inf"], 2, ["--epochs inf"]),
+    "huge seed": (nothing, [*TRAIN, "--seed", "99999999999"], 2, ["--seed 99999999999", "4194303"]),
+    "beta 1.5": (nothing, [*TRAIN, "--beta1", "1.5"], 2, ["--beta1 1.5"]),
+    "sigma 0": (nothing, [*TRAIN, "--sigma", "0"], 1, ["sigma=0", "positive"]),
+    "sigma inf": (nothing, [*TRAIN, "--sigma", "inf"], 1, ["sigma=inf", "positive"]),
+    "odd condition": (nothing, [*TRAIN, "--cond-dim", "9"], 1, ["cond_dim=9", "even"]),
+    "unknown path": (nothing, [*TRAIN, "--path", "lorra"], 1, ["'lorra'", "lora, full, scratch"]),
+    "unknown times": (nothing, [*TRAIN, "--timesteps", "log"], 1, ["'log'", "uniform, cosmap"]),
+    "unknown option": (nothing, [*TRAIN, "--sigmoid", "3"], 2, ["--sigmoid"]),
+    "unknown dtype": (nothing, [*TRAIN, "--dtype", "int8"], 2, ["int8", "bfloat16"]),
+    "unknown device": (nothing, [*TRAIN, "--device", "abacus"], 1, ["abacus", "cpu"]),
+    "absent device": (nothing, [*TRAIN, "--device", "cuda:77"], 1, ["cuda:77", "cpu"]),
+    # runs and their checkpoints
+    "a run is there": (nothing, [*TRAIN, "--out", "run"], 1, ["run", "--resume"]),
+    "out is a file": (no_disk, [*TRAIN, "--out", "run"], 1, ["run", "folder"]),
+    "nothing to resume": (nothing, ["train.py", "--resume"], 1, ["out/", "--out"]),
+    "no run there": (nothing, ["train.py", "--resume", "--out", "base"], 1, ["base", "no run"]),
+    "another sigma": (nothing, [*RESUME, "--sigma", "5"], 2, ["sigma=64", "5.0"]),
+    "half the options": (cut("run/args.json", 0.5), RESUME, 1, ["run/args.json", "damaged"]),
+    "options that are none": (write("run/args.json", "[1]"), RESUME, 1, ["run/args.json", "damaged"]),
+    "a damaged log": (write("run/log.jsonl", "\0" * 100 + "\n"), RESUME, 1, ["run/log.jsonl", "line 1", "delete"]),
+    "half a checkpoint": (cut("run/checkpoint.safetensors", 0.5), RESUME, 1, ["run/checkpoint.safetensors", "damaged", "delete"]),
+    "empty checkpoint": (cut("run/checkpoint.safetensors", 0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
+    "bit flipped in the header": (flip("run/checkpoint.safetensors", 0.01), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
+    "bit flipped in the data": (flip("run/checkpoint.safetensors", 0.7, bit=0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
+    "pickle as checkpoint": (pickled_checkpoint, RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
+    "model as checkpoint": (lambda: shutil.copy("run/model.safetensors", "run/checkpoint.safetensors"), RESUME, 1,
+                            ["run/checkpoint.safetensors", "damaged"]),
+    "base changed since": (smaller_base, RESUME, 1, ["do not fit", "vocabulary.proj.weight is [8, 32], not [8, 16]"]),
+    # answering
+    "no model there": (nothing, [*SAMPLE, "--out", "nowhere"], 1, ["nowhere"]),
+    "no model at all": (nothing, ["sample.py", "--prompt", "1*1"], 1, ["out/", "--out"]),
+    "a base is no path": (nothing, [*SAMPLE, "--out", "base"], 1, ["base is no trained path"]),
+    "base gone": (lambda: shutil.rmtree("base"), SAMPLE, 1, ["base"]),
+    "another base": (smaller_base, SAMPLE, 1, ["hidden_size=32", "hidden_size=16"]),
+    "half a path": (cut("path/model.safetensors", 0.5), SAMPLE, 1, ["path/model.safetensors", "damaged"]),
+    "bit flipped in the path's header": (flip("path/model.safetensors", 0.01), SAMPLE, 1, ["path"]),
+    "NaN in the path": (weights("path/model.safetensors", poison(float("nan"))), SAMPLE, 1, ["vocabulary.proj.weight", "NaN"]),
+    "inf in the path": (weights("path/model.safetensors", poison(float("inf"))), SAMPLE, 1, ["vocabulary.proj.weight", "inf"]),
+    "NaN in its base": (weights("base/model.safetensors", poison(float("nan"), "model.norm.weight")), SAMPLE, 1, ["NaN", "row 0", "t=0"]),
+    "a tensor missing": (weights("path/model.safetensors", lambda t: t.pop("t_embedder.0.bias")), SAMPLE, 1, ["t_embedder.0.bias is missing"]),
+    "pickle as path": (pickled("path", "pytorch_model.bin"), SAMPLE, 1, ["model.safetensors"]),
+    "sigma a text": (edit("path/config.json", sigma="64"), SAMPLE, 1, ["sigma='64'", "number"]),
+    "sigma null": (edit("path/config.json", sigma=[1]), SAMPLE, 1, ["sigma=[1]", "number"]),
+    "half a rank": (edit("path/config.json", lora_rank=1.5), SAMPLE, 1, ["lora_rank=1.5", "whole"]),
+    "half a path's config": (cut("path/config.json", 0.5), SAMPLE, 1, ["path/config.json", "JSON"]),
+    "no tokenizer": (lambda: [f.unlink() for f in Path("path").glob("tokenizer*")], SAMPLE, 1, ["path", "tokenizer"]),
+    "no template to answer with": (tokenizer("path", chat_template=None), SAMPLE, 1, ["path", "no chat template"]),
+    "broken template": (tokenizer("path", chat_template="{% if %}"), SAMPLE, 1, ["template"]),
+    "steps 0": (nothing, [*SAMPLE, "--steps", "0"], 1, ["steps=0", "1 or more"]),
+    "steps -1": (nothing, [*SAMPLE, "--steps", "-1"], 1, ["steps=-1", "1 or more"]),
+    "steps 2": (nothing, [*SAMPLE, "--steps", "2"], 1, ["steps=2", "1 and 3"]),
+    "steps 1.5": (nothing, [*SAMPLE, "--steps", "1.5"], 2, ["--steps", "1.5"]),
+    "unknown solver": (nothing, [*SAMPLE, "--solver", "heun"], 2, ["heun", "midpoint"]),
+    "unknown velocity": (nothing, [*SAMPLE, "--velocity", "mean"], 2, ["mean", "argmax"]),
+    "unknown label": (nothing, [*SAMPLE, "--label", "history"], 1, ["'history'", "math, fact, string"]),
+    "label without classes": (nothing, [*SAMPLE, "--out", "plain", "--label", "math"], 1, ["'math'", "no classes"]),
+    "guidance without classes": (nothing, [*SAMPLE, "--out", "plain", "--guidance", "2"], 1, ["guidance=2.0", "needs classes"]),
+    "guidance -1": (nothing, [*SAMPLE, "--guidance", "-1"], 1, ["guidance=-1.0", "0 or more"]),
+    "guidance nan": (nothing, [*SAMPLE, "--guidance", "nan"], 1, ["guidance=nan", "0 or more"]),
+    "temperature -1": (nothing, [*SAMPLE, "--temperature", "-1"], 2, ["--temperature -1", "0 or more"]),
+    "temperature nan": (nothing, [*SAMPLE, "--temperature", "nan"], 2, ["--temperature nan", "0 or more"]),
+    "no new tokens": (nothing, [*SAMPLE, "--max-new-tokens", "0"], 2, ["--max-new-tokens 0", "above 0"]),
+    "huge seed of answers": (nothing, [*SAMPLE, "--seed", "9" * 30], 2, ["--seed 999", "4194303"]),
+    "empty prompt": (nothing, [*SAMPLE, "--prompt", "  "], 2, ["--prompt", "empty"]),
+    "prompt beyond the context": (nothing, [*SAMPLE, "--prompt", "1" * 200], 1, ["203", "128", "shorter"]),
+    "broken characters in a prompt": (nothing, [*SAMPLE, "--prompt", "\udcff"], 1, ["\\udcff"]),
+    "absent device to answer on": (nothing, [*SAMPLE, "--device", "cuda:77"], 1, ["cuda:77", "cpu"]),
+    # measuring
+    "measure nothing": (nothing, [*EVALUATE, "--out", "nowhere"], 1, ["nowhere"]),
+    "measure at steps 2": (nothing, [*EVALUATE, "--steps", "1", "2"], 1, ["steps=2", "1 and 3"]),
+    "no questions": (nothing, [*EVALUATE, "--questions", "0"], 2, ["--questions 0", "3 or more"]),
+    "measure guidance without classes": (nothing, [*EVALUATE, "--out", "plain", "--guidance", "2"], 1, ["plain", "classes", "--label-column"]),
+    "a figure of one solver": (nothing, [*EVALUATE, "--solver", "bosh3", "--figure", "a.png"], 2, ["--figure", "bosh3"]),
+    "a figure of guidance": (nothing, [*EVALUATE, "--guidance", "1", "--figure", "a.png"], 2, ["--figure", "--guidance"]),
+    "a figure without the base": (nothing, [*EVALUATE, "--steps", "3", "--figure", "a.png"], 2, ["--figure", "--steps", "1"]),
+    "a figure of no format": (nothing, [*EVALUATE, "--figure", "a.docx"], 2, ["a.docx", "png"]),
+    # converting
+    "convert nothing": (nothing, [CONVERT[0], "none.pt", *CONVERT[2:]], 1, ["none.pt"]),
+    "convert half": (cut("release.safetensors", 0.5), CONVERT, 1, ["release.safetensors", "damaged"]),
+    "convert onto nothing": (nothing, [*CONVERT, "--base", "nowhere"], 1, ["nowhere"]),
+    "convert onto another architecture": (other_model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=60)),
+                                          [*CONVERT, "--base", "base"], 1, ["'gpt2'", "llama, mistral"]),
+    "convert onto another base": (nothing, [*CONVERT, "--base", "base"], 1, ["does not fit", "model.embed_tokens.weight is [61, 32], but the base's [44, 32]"]),
+    "convert NaN": (weights("release.safetensors", poison(float("nan"), "model.modulation_head.mlp.0.weight")), CONVERT, 1,
+                    ["output_weight.0.weight", "NaN"]),
+    "convert into a file": (nothing, [*CONVERT, "--out", "chats.jsonl"], 1, ["chats.jsonl", "folder"]),
+    "convert into its base": (nothing, [*CONVERT, "--out", "release-base"], 2, ["release-base", "overwrite"]),
+    "convert sigma -1": (nothing, [*CONVERT, "--sigma", "-1"], 2, ["-1", "positive"]),
+    "convert too many names": (nothing, [*CONVERT, "--class-names", "a", "b"], 1, ["2 class names", "0 classes"]),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts(name, here, monkeypatch, capsys):
+    spoil, (script, *args), expected, texts = SCRIPTS[name]
+    spoil()
+    before = contents(here)
+    code, lines = call(script, args, monkeypatch, capsys)
+    check(code, lines, expected, script, texts)
+    assert contents(here) == before
+    for end in ("trapped", "new"):
+        assert not (here / end).exists()
+
+
+@pytest.mark.parametrize("name", ["batch 0", "no data", "half a path", "steps 2", "no questions", "convert half"])
+def test_scripts_as_users_run_them(name, here):
+    """The same in a process of its own, whose exit code and stderr are the real ones."""
+    spoil, (script, *args), expected, texts = SCRIPTS[name]
+    spoil()
+    done = subprocess.run([sys.executable, str(ROOT / script), *args], capture_output=True, text=True)
+    check(done.returncode, done.stderr.replace("\r", "\n").splitlines(), expected, script, texts)
+
+
+@pytest.mark.parametrize("script, args", [(TRAIN[0], TRAIN[1:]), (SAMPLE[0], SAMPLE[1:]), (EVALUATE[0], EVALUATE[1:]), (CONVERT[0], CONVERT[1:]),
+                                          (RESUME[0], RESUME[1:]), (TRAIN[0], [*TRAIN[1:], "--label-column", "label"])])
+def test_what_is_right_goes_through(script, args, here, monkeypatch, capsys):
+    """The commands that the table spoils are good ones."""
+    assert call(script, args, monkeypatch, capsys)[0] == 0
+
+
+def test_rows_of_no_use_are_counted_and_the_others_learnt(here, monkeypatch, capsys):
+    rows(*[chat()] * 20, {"text": "1"}, chat(answer="1" * 300), chat("\ud800"), 7)()
+    monkeypatch.setattr(sys, "argv", [*TRAIN, "--data", "bad.jsonl"])
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    for text in ("18 examples, 2 held out", "left out 1 (of 24 rows): not a JSON object", "left out 1 (of 24 rows): no messages",
+                 "left out 1 (of 24 rows): longer than 128 tokens", "left out 1 (of 24 rows): half characters"):
+        assert text in out
+
+
+def test_no_source_trusts_remote_code_or_unpickles():
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]:
+        text = file.read_text(encoding="utf-8")
+        if not file.name.startswith("test_"):
+            assert "trust_remote_code=" not in text.replace("trust_remote_code=False", "") and "pickle" not in text
+            assert text.count("torch.load(") == text.count("weights_only=True")
+
+
+# ---- Public functions ------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+ONES = torch.ones_like(IDS)
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return L2D.from_pretrained(world / "path", steps=3)
+
+
+def setting(**changes):
+    return lambda model: L2D(L2DConfig(**dict(dim=8, cond_dim=8, lora_rank=2) | changes), model.base)
+
+
+def with_setting(**changes):
+    """A setting changed on the model itself, after it was made."""
+    def use(model):
+        before = {name: getattr(model.config, name) for name in changes}
+        vars(model.config).update(changes)
+        try:
+            model(IDS)
+        finally:
+            vars(model.config).update(before)
+    return use
+
+
+FUNCTIONS = {                                            # name: (call of a model, parts of the one line of its ValueError)
+    **{f"steps {steps!r}": (lambda model, steps=steps: model(IDS, steps=steps), f"steps={steps}") for steps in (0, -1, 1.5, 2, "3", True)},
+    **{f"{name} {value!r}": (setting(**{name: value}), f"{name}={value!r} must be a positive")
+       for name in ("dim", "lora_rank", "max_evaluations", "sigma", "lora_alpha", "atol", "rtol") for value in (0, -1, "8", None)},
+    **{f"{name} 1.5": (setting(**{name: 1.5}), f"{name}=1.5 must be a positive whole") for name in ("dim", "cond_dim", "lora_rank")},
+    "negative tolerance": (with_setting(atol=-1e-3, solver="bosh3"), "atol=-0.001 must be a positive number"),
+    "unknown solver": (with_setting(solver="heun"), "solver='heun' is unknown; use one of euler, midpoint"),
+    "guidance a text": (setting(guidance="2"), "guidance='2' must be a number"),
+    "guidance NaN": (with_setting(guidance=float("nan")), "guidance=nan must be 0 or more"),
+    "guidance without classes": (setting(guidance=2.0), "guidance=2.0 needs classes"),
+    "unknown class": (lambda model: model(IDS, class_ids=torch.tensor([0, 4])), "must lie in 0..3"),
+    "no label in the batch": (lambda model: model(IDS, labels=torch.full_like(IDS, -100)), "nothing to learn"),
+    "labels of another shape": (lambda model: model(IDS, labels=IDS[:, :2]), "the same shape"),
+    "labels with a cache": (lambda model: model(IDS, labels=IDS, past_key_values=DynamicCache()), "no past_key_values"),
+    "no input": (lambda model: model(), "the input is empty"),
+    "empty input": (lambda model: model(IDS[:, :0]), "the input is empty"),
+    "mask too long": (lambda model: model(IDS, attention_mask=torch.ones(2, 6)), r"\[2, 6\]; it must be \[2, 4\]"),
+    "mask too short": (lambda model: model(IDS, attention_mask=torch.ones(2, 2)), r"\[2, 2\]; it must be \[2, 4\]"),
+    "mask of another batch": (lambda model: model(IDS, attention_mask=torch.ones(3, 4)), r"\[3, 4\]; it must be \[2, 4\]"),
+    "right-padded generation": (lambda model: model.generate(IDS, attention_mask=ONES.masked_fill(IDS == 12, 0), max_new_tokens=2),
+                                "pad on the left"),
+    "trace of two rows": (lambda model: trace(model, IDS), "2 rows; trace one at a time"),
+    "NaN loaded": (lambda model: model.load_path(model.path_parameters() | {"vocabulary.proj.bias": torch.full((8,), float("nan"))}),
+                   "vocabulary.proj.bias holds NaN or inf"),
+    "another shape loaded": (lambda model: model.load_path(model.path_parameters() | {"vocabulary.proj.bias": torch.zeros(9)}),
+                             r"vocabulary.proj.bias is \[9\], not \[8\]"),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name, model):
+    use, text = FUNCTIONS[name]
+    before = {key: p.clone() for key, p in model.path_parameters().items()}
+    with pytest.raises(ValueError, match=text) as error:
+        use(model)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(p, before[key]) for key, p in model.path_parameters().items())
+
+
+def test_left_padding_and_a_row_that_ends_in_padding_in_training_are_right(model):
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    assert model.generate(IDS, attention_mask=mask, max_new_tokens=2, do_sample=False).shape == (2, 6)
+    assert model(IDS, attention_mask=mask.flip(1), labels=IDS).loss.isfinite()
+    assert model(IDS, attention_mask=mask.flip(1)).logits.isfinite().all()

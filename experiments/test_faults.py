@@ -1,0 +1,322 @@
+"""What happens to a run when the machine fails it: pytest experiments/test_faults.py
+
+Training runs of twelve updates are killed, starved of disk and interrupted. However that goes, `--resume` must end at the very
+bytes of a run that nothing disturbed. Each run is a fork of this process (a start without the seconds that imports take), so
+kill -9 is a real one; experiments/soak.py does the same to runs started as users start them.
+"""
+
+import errno
+import json
+import os
+import random
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments import chats, console, tiny
+from experiments.console import load_tensors, save_tensors
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+STEPS = 12
+RUN = ["--model", "base", "--data", "chats.jsonl", "--max-steps", STEPS, "--save-every", 1, "--eval-every", 4, "--validation", 2,
+       "--batch-size", 4, "--dim", 8, "--cond-dim", 8, "--lora-rank", 2, "--warmup-steps", 2, "--lr", 1e-2, "--device", "cpu"]
+
+
+def start(*args, before=lambda: None):
+    """Run train.py in a fork, after before(): its process id. What it prints goes to the file `output`."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:                                                 # whatever happens, the fork must not go on as a second pytest
+        log = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1), os.dup2(log, 2)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
+        tqdm.set_lock(threading.RLock())                 # its own lock is shared with forks, and one may die holding it
+        signal.alarm(60)
+        before()
+        sys.argv = ["train.py", *map(str, args)]
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else print(end.code) or 1
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(pid):
+    """Exit code, or minus the signal, as subprocess has it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def output():
+    return Path("output").read_text()
+
+
+def run(*args, code=0, **kwargs):
+    assert wait(start(*args, **kwargs)) == code, output()
+    assert "Traceback" not in output()
+    return output()
+
+
+def result(folder):
+    """All that a finished run leaves: the model's bytes, the last checkpoint, the log."""
+    tensors = load_tensors(Path(folder) / "checkpoint.safetensors")
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return (Path(folder) / "model.safetensors").read_bytes(), {k: v.tolist() for k, v in tensors.items()}, lines
+
+
+def step_of(folder):
+    file = Path(folder) / "checkpoint.safetensors"
+    return load_tensors(file)["step"].item() if file.exists() else 0
+
+
+def resume(folder, **kwargs):
+    """Continue a run; one killed before it had written its options begins again."""
+    known = (Path(folder) / "args.json").exists()
+    return start(*(["--resume"] if known else RUN), "--out", folder, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a base, data, and a run that nothing disturbed in `whole`; its result and its seconds."""
+    folder, home = tmp_path_factory.mktemp("faults"), os.getcwd()
+    os.chdir(folder)
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(0)
+    tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.questions(40, seed=0)))
+    run(*RUN, "--out", "warm")
+    began = time.perf_counter()
+    run(*RUN, "--out", "whole")
+    yield result("whole"), time.perf_counter() - began
+    os.chdir(home)
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------------------------------
+
+def test_killed_at_20_random_moments(whole):
+    """One folder after another; a run is killed and resumed until it gets through."""
+    expected, seconds = whole
+    rng, kills, finished, steps = random.Random(0), 0, 0, []
+    while kills < 20:
+        pid = resume(f"random-{finished}")
+        time.sleep(rng.uniform(0.1, 1) * seconds)
+        os.kill(pid, signal.SIGKILL)
+        if wait(pid) == -signal.SIGKILL:
+            kills += 1
+            before, now = (steps or [0])[-1], step_of(f"random-{finished}")
+            steps.append(now)
+            assert now >= before                         # no checkpoint is lost, and each can be read
+        else:
+            assert result(f"random-{finished}") == expected
+            finished, steps = finished + 1, []
+    assert wait(resume(f"random-{finished}")) == 0, output()
+    assert result(f"random-{finished}") == expected
+
+
+def die_at(name, module, count, when):
+    """Make the count-th call of module.name kill this process: before it, halfway through the file's bytes, or after it."""
+    def arm():
+        real, calls = getattr(module, name), []
+        def deadly(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == count and when != "before":
+                real(*args, **kwargs)
+                if when == "halfway":
+                    os.truncate(args[-1], os.path.getsize(args[-1]) // 2)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        setattr(module, name, deadly)
+    return arm
+
+
+@pytest.mark.parametrize("name, module, count, when", [
+    ("replace", os, 1, "before"), ("replace", os, 1, "after"), ("replace", os, 2, "before"), ("replace", os, 2, "after"),
+    ("replace", os, 7, "before"), ("replace", os, 7, "after"), ("fsync", os, 1, "before"), ("fsync", os, 6, "before"),
+    ("save_file", console, 1, "before"), ("save_file", console, 1, "halfway"), ("save_file", console, 5, "before"),
+    ("save_file", console, 5, "halfway"), ("save_file", console, 5, "after"), ("save_file", console, STEPS, "halfway")])
+def test_killed_in_the_middle_of_writing(whole, name, module, count, when):
+    """The options, the log and each checkpoint are written beside the old file and moved into its place."""
+    folder = f"{name}-{count}-{when}"
+    assert wait(start(*RUN, "--out", folder, before=die_at(name, module, count, when))) == -signal.SIGKILL, output()
+    if name == "save_file":
+        assert step_of(folder) == count - 1
+    assert wait(resume(folder)) == 0, output()
+    assert result(folder) == whole[0]
+
+
+def test_killed_while_the_log_is_written_again(whole):
+    """At --resume the log loses the lines of updates that the kill undid, but must never lose the others."""
+    start_and_kill = die_at("save_file", console, 8, "before")
+    assert wait(start(*RUN, "--out", "log", before=start_and_kill)) == -signal.SIGKILL
+    for count in (1, 2):
+        assert wait(resume("log", before=die_at("replace", os, count, "before"))) == -signal.SIGKILL
+        assert len(Path("log/log.jsonl").read_text().splitlines()) >= 7
+    assert wait(resume("log")) == 0 and result("log") == whole[0]
+
+
+# ---- Disks that are full or read-only --------------------------------------------------------------------------------
+
+def fail_at(count, error, halfway=False):
+    """Make the count-th checkpoint fail with `error`, perhaps after half of its bytes."""
+    def arm():
+        real, calls = console.save_file, []
+        def failing(tensors, file):
+            calls.append(1)
+            if len(calls) < count:
+                return real(tensors, file)
+            if halfway:
+                Path(file).write_bytes(b"half")
+            raise error
+        console.save_file = failing
+    return arm
+
+
+def assert_told(text, *parts):
+    errors = [line for line in text.splitlines() if line.startswith("train.py: error: ")]
+    assert len(errors) == 1 and "Traceback" not in text, text
+    for part in ("checkpoint.safetensors cannot be written", "untouched", "--resume", *parts):
+        assert part in errors[0]
+
+
+@pytest.mark.parametrize("halfway", [False, True])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error"),
+                                   SafetensorError("I/O error: No space left on device")])
+def test_disk_full_while_saving(whole, error, halfway):
+    folder = f"full-{type(error).__name__}-{getattr(error, 'errno', 0)}-{halfway}"
+    text = run(*RUN, "--out", folder, code=1, before=fail_at(5, error, halfway))
+    assert_told(text, str(error).split(": ")[-1])
+    assert step_of(folder) == 4 and not list(Path(folder).glob("*.making"))
+    assert wait(resume(folder)) == 0 and result(folder) == whole[0]
+
+
+def test_a_file_larger_than_allowed(whole):
+    """A true failure of the writing itself, halfway: no file of this process may grow beyond 20,000 bytes."""
+    text = run(*RUN, "--out", "limited", code=1, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    assert_told(text, "large")
+    assert step_of("limited") == 0 and not list(Path("limited").glob("*.making"))
+    assert wait(resume("limited")) == 0 and result("limited") == whole[0]
+
+
+@pytest.fixture
+def disk(whole):
+    """A small disk of its own, where this user may mount one."""
+    os.makedirs("disk", exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", "disk"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here (it needs root)")
+    yield "disk"
+    subprocess.run(["umount", "disk"], check=True)
+
+
+def test_a_disk_that_fills_up(whole, disk):
+    """Room for one checkpoint, but not for the next beside it."""
+    folder = f"{disk}/run"
+    size = os.path.getsize("whole/checkpoint.safetensors")
+    def fill():
+        real = console.save_file
+        def save(tensors, file):
+            if tensors["step"] == 4:                     # three checkpoints fit; then something else takes the room
+                free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+                Path(disk, "else").write_bytes(b"\1" * (free - size // 2))
+            real(tensors, file)
+        console.save_file = save
+    text = run(*RUN, "--out", folder, code=1, before=fill)
+    assert_told(text, "No space left")
+    assert step_of(folder) == 3 and not list(Path(folder).glob("*.making"))
+    Path(disk, "else").unlink()
+    assert wait(resume(folder)) == 0 and result(folder) == whole[0]
+
+
+def test_a_read_only_disk(whole, disk):
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    text = run(*RUN, "--out", f"{disk}/run", code=1)
+    assert "Read-only" in text and "train.py: error:" in text and "disk/run" in text
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder(whole):
+    os.makedirs("locked", mode=0o555)
+    text = run(*RUN, "--out", "locked/run", code=1)
+    assert "Permission denied" in text and "locked/run" in text
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+def test_ctrl_c_saves_and_says_how_to_continue(whole):
+    for number, after in enumerate((1, 4, 7)):
+        folder, log = f"stopped-{number}", Path(f"stopped-{number}/log.jsonl")
+        pid = start(*RUN, "--save-every", 1000, "--out", folder)
+        while not log.exists() or len(log.read_text().splitlines()) < after:
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGINT)
+        assert wait(pid) == 130, output()
+        steps = step_of(folder)
+        assert after - 1 <= steps < STEPS and json.loads(log.read_text().splitlines()[-1])["step"] == steps
+        assert f"stopped after {steps} steps; continue with: python train.py --resume --out {folder}" in output()
+        assert wait(resume(folder)) == 0 and result(folder) == whole[0]
+
+
+def test_ctrl_c_before_the_first_update(whole):
+    def arm():
+        chats.read_rows = lambda data: os.kill(os.getpid(), signal.SIGINT)
+    text = run(*RUN, "--out", "early", code=130, before=arm)
+    assert "stopped" in text and not Path("early").exists()
+
+
+# ---- Damaged checkpoints ---------------------------------------------------------------------------------------------
+
+def test_no_flipped_bit_and_no_missing_byte_goes_unnoticed(whole, tmp_path):
+    """Anywhere in the file: it is refused by name, or (in the header's padding) means the same."""
+    data, file, rng = Path("whole/checkpoint.safetensors").read_bytes(), tmp_path / "checkpoint.safetensors", random.Random(1)
+    good, refused = load_file("whole/checkpoint.safetensors"), 0
+    header = 8 + int.from_bytes(data[:8], "little")
+    damaged = [data[:int(len(data) * share)] for share in (0, 0.001, 0.1, 0.5, 0.999)] + [data[:-1], data + b"\0", data[1:]]
+    for n in range(300):
+        place = rng.randrange(header) if n < 100 else rng.randrange(header, len(data))
+        damaged.append(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1:])
+    for spoilt in damaged:
+        file.write_bytes(spoilt)
+        try:
+            tensors = load_tensors(file)
+        except ValueError as error:
+            assert str(file) in str(error) and "damaged" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            assert tensors.keys() == good.keys() - {"checksum"} and all(torch.equal(tensors[k], good[k]) for k in tensors)
+    assert refused >= len(damaged) - 5
+
+
+def test_two_changes_do_not_cancel_in_the_checksum(tmp_path):
+    tensors = {"a": torch.arange(6.0), "b": torch.arange(6.0) + 1, "step": torch.tensor(3)}
+    save_tensors(tensors, tmp_path / "file.safetensors")
+    assert all(torch.equal(tensors[k], v) for k, v in load_tensors(tmp_path / "file.safetensors").items())
+    true = console.checksum(tensors)
+    for other in (tensors | {"a": tensors["b"], "b": tensors["a"]}, tensors | {"a": tensors["a"].flip(0)},
+                  {k: v for k, v in tensors.items() if k != "step"}, tensors | {"a": tensors["a"].view(2, 3).T.contiguous().view(6)}):
+        assert console.checksum(other) != true
