@@ -48,7 +48,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 15, 127], metavar="T")
     parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="default: 1 8, on a GPU 1 8 64")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 2048], metavar="L")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each thing (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="timings of each thing (default: 3, on a GPU 5)")
     parser.add_argument("--compile", action="store_true", help="compile main path and path: static caches and CUDA graphs")
     parser.add_argument("--gpu", action="store_true", help="everything that is asked of a GPU: --device cuda --compile")
     parser.add_argument("--seconds", type=float, default=390, help="start nothing new after these (default: %(default)s)")
@@ -60,6 +60,7 @@ def parse_args():
             parser.error("--gpu needs a GPU, and torch sees none")
     cuda = args.device.startswith("cuda")
     args.shape, args.batch = args.shape or ("llama-1b" if cuda else "small"), args.batch or ([1, 8, 64] if cuda else [1, 8])
+    args.rounds = args.rounds or (5 if cuda else 3)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     return args
 
@@ -168,14 +169,14 @@ class Benchmark:
         self.bandwidth, self.peak = machine(args)
         name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
         self.report(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {args.shape}, {args.dtype}",
-                    **{"  GB/s": self.bandwidth / 1e9, "TFLOP/s": self.peak / 1e12})
+                    **{"GB/s": self.bandwidth / 1e9, "TFLOP/s": self.peak / 1e12})
         self.merged = build(args)
         self.plain = L2D(self.merged.config, self.merged.base).eval()
         self.plain.load_path(self.merged.path_parameters())
         self.merged.merge_lora()
 
     def report(self, what, **figures):
-        print(f"{what:<46}" + "".join(f"{k} {v:<10.4g}" for k, v in figures.items()), flush=True)
+        print(f"{what:<45} " + "".join(f"{k} {v:<10.4g}" for k, v in figures.items()), flush=True)
         if self.file:
             print(json.dumps({"what": what} | figures), file=self.file, flush=True)
 
