@@ -580,7 +580,7 @@ class L2D(PreTrainedModel, GenerationMixin):
     def walk(self, f, modulations, weight, classes, context):
         """Through the blocks, and into the LM: hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class.
         classes [M] says which row of the modulations is whose, None that they are in order. This is the part to compile."""
-        pick = lambda m: m if classes is None else m[classes]
+        pick = lambda m: m if classes is None else m.index_select(0, classes)
         for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
             f = block(f, pick(modulations[i]), layer, context, i)
         return (context.hidden + pick(weight) * f).to(f.dtype)

@@ -515,6 +515,15 @@ def test_the_path_compiles_to_one_graph():
     assert torch.equal(model(IDS, seeds=SEEDS).logits, merged) and torch.allclose(merged, expected, atol=1e-3)
 
 
+def test_keys_are_never_copied_for_the_heads_or_queries_that_share_them(monkeypatch):
+    model, seen, attention = tiny_l2d(guidance=1.5), [], F.scaled_dot_product_attention
+    context = read(model)
+    monkeypatch.setattr(l2d.F, "scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: (
+        seen.append((k is context.keys[len(seen) % 3], v is context.values[len(seen) % 3])), attention(q, k, v, *args, **kwargs))[1])
+    model.diffuse(context)
+    assert seen == [(True, True)] * 3 * 4                # three blocks, four evaluations that are not free
+
+
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_the_benchmarks_naive_code_computes_the_same(guidance):
     model = tiny_l2d(guidance=guidance)

@@ -9,11 +9,11 @@ adaptive solver needs. What is compared is timed in turns, in one process; ms is
 and high are the extremes. --json FILE writes every line as JSON too.
 
 How it is counted. ms/eval is the time of one evaluation of the path: (a token at T - a token at T = 1) / (T - 1). limit is
-the time of reading its bytes once, at the bandwidth measured here: the path's five layers in every block and the head,
-LoRA's own matrices where they are not merged, keys and values. "arithmetic" is the base's own pass and (T - 1) times the
-matrix products of path and head, with nothing around them; "and LoRA" has LoRA's products too. Training counts the FLOPs
-that it cannot do without: 2 per weight and token for the main path; on the answer tokens alone 4 per weight of path and head
-(forward, and backward to the activations) and 6 per trained parameter.
+the time of reading its bytes once, at the bandwidth measured here: the path's five layers (LoRA merged) in every block and
+the head, keys and values. "arithmetic" is the base's own pass and (T - 1) times the matrix products of path and head, with
+nothing around them; "and LoRA" has LoRA's products too. Training counts the FLOPs that it cannot do without: 2 per weight and
+token for the main path; on the answer tokens alone 4 per weight of path and head (forward, and backward to the activations)
+and 6 per trained parameter.
 """
 
 import argparse
@@ -43,12 +43,12 @@ SHAPES = {name: (kind, dict(zip(("vocab_size", "hidden_size", "num_hidden_layers
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, help="default: small on a CPU, llama-1b on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base (default: bfloat16 on a GPU)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 15, 127], metavar="T")
     parser.add_argument("--batch", type=int, nargs="+", metavar="B", help="default: 1 8, on a GPU 1 8 64")
     parser.add_argument("--context", type=int, nargs="+", default=[128, 2048], metavar="L")
-    parser.add_argument("--rounds", type=int, default=5, help="timings of each thing (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="timings of each thing (default: 3, on a GPU 5)")
     parser.add_argument("--compile", action="store_true", help="compile main path and path: static caches and CUDA graphs")
     parser.add_argument("--gpu", action="store_true", help="everything that is asked of a GPU: --device cuda --compile")
     parser.add_argument("--seconds", type=float, default=390, help="start nothing new after these (default: %(default)s)")
@@ -56,8 +56,11 @@ def parse_args():
     args = parser.parse_args()
     if args.gpu:
         args.device, args.compile = "cuda", True
+        if not torch.cuda.is_available():
+            parser.error("--gpu needs a GPU, and torch sees none")
     cuda = args.device.startswith("cuda")
     args.shape, args.batch = args.shape or ("llama-1b" if cuda else "small"), args.batch or ([1, 8, 64] if cuda else [1, 8])
+    args.rounds = args.rounds or (5 if cuda else 3)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     return args
 
@@ -97,12 +100,10 @@ def path_linears(model):
 
 
 def evaluation_bytes(model, batch, context):
-    """What one evaluation cannot avoid reading."""
-    merged = model.blocks[0].q_proj.merging
-    lora = 0 if merged else sum(own.lora_A.numel() + own.lora_B.numel() for own, _ in path_linears(model))
-    weights = sum(base.weight.numel() for _, base in path_linears(model)) + model.base.lm_head.weight.numel() + lora
-    attn = model.base.model.layers[0].self_attn
-    return (weights + 2 * batch * context * len(model.blocks) * attn.k_proj.out_features) * model.base.lm_head.weight.element_size()
+    """What one evaluation cannot avoid reading, LoRA merged."""
+    head, attn = model.base.lm_head.weight, model.base.model.layers[0].self_attn
+    weights = sum(base.weight.numel() for _, base in path_linears(model)) + head.numel()
+    return (weights + 2 * batch * context * len(model.blocks) * attn.k_proj.out_features) * head.element_size()
 
 
 def build(args):
@@ -168,14 +169,14 @@ class Benchmark:
         self.bandwidth, self.peak = machine(args)
         name = torch.cuda.get_device_name() if self.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
         self.report(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {args.shape}, {args.dtype}",
-                    **{"  GB/s": self.bandwidth / 1e9, "TFLOP/s": self.peak / 1e12})
+                    **{"GB/s": self.bandwidth / 1e9, "TFLOP/s": self.peak / 1e12})
         self.merged = build(args)
         self.plain = L2D(self.merged.config, self.merged.base).eval()
         self.plain.load_path(self.merged.path_parameters())
         self.merged.merge_lora()
 
     def report(self, what, **figures):
-        print(f"{what:<46}" + "".join(f"{k} {v:<10.4g}" for k, v in figures.items()), flush=True)
+        print(f"{what:<45} " + "".join(f"{k} {v:<10.4g}" for k, v in figures.items()), flush=True)
         if self.file:
             print(json.dumps({"what": what} | figures), file=self.file, flush=True)
 
