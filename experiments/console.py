@@ -66,6 +66,8 @@ def load_model(folder, **settings):
         return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
     except OSError as error:
         raise OSError(f"no trained path can be loaded from {folder}: {one_line(error, 400)}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/model.safetensors is damaged ({one_line(error)}); save or fetch it again") from None
 
 
 def load_tokenizer(name, vocab_size=math.inf):
