@@ -237,6 +237,8 @@ SCRIPTS = {                                              # name: (what is spoilt
     "no eos": (tokenizer("base", eos_token=None), TRAIN, 1, ["base", "no eos token", "set one"]),
     "more tokens than embeddings": (longer_tokenizer, TRAIN, 1, ["46 tokens", "only 44", "tokenizer", "base"]),
     "NaN in the base": (weights("base/model.safetensors", poison(float("nan"), "model.norm.weight")), TRAIN, 1, ["model.norm.weight", "NaN", "base"]),
+    "a tensor of the base missing": (weights("base/model.safetensors", lambda t: t.pop("model.norm.weight")), TRAIN, 1,
+                                     ["model base", "model.norm.weight is missing"]),
     # data
     "no data": (nothing, [*TRAIN, "--data", "none.jsonl"], 1, ["none.jsonl"]),
     "data is a folder": (lambda: os.mkdir("folder.jsonl"), [*TRAIN, "--data", "folder.jsonl"], 1, ["folder.jsonl"]),

@@ -147,7 +147,8 @@ def die_at(name, module, count, when):
             if len(calls) == count and when != "before":
                 real(*args, **kwargs)
                 if when == "halfway":
-                    os.truncate(args[-1], os.path.getsize(args[-1]) // 2)
+                    file = args[0] if module is Path else args[-1]
+                    os.truncate(file, os.path.getsize(file) // 2)
             if len(calls) == count:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
@@ -174,9 +175,10 @@ def test_killed_while_the_log_is_written_again(whole):
     """At --resume the log loses the lines of updates that the kill undid, but must never lose the others."""
     start_and_kill = die_at("save_file", console, 8, "before")
     assert wait(start(*RUN, "--out", "log", before=start_and_kill)) == -signal.SIGKILL
-    for count in (1, 2):
-        assert wait(resume("log", before=die_at("replace", os, count, "before"))) == -signal.SIGKILL
-        assert len(Path("log/log.jsonl").read_text().splitlines()) >= 7
+    for name, module, when in (("replace", os, "before"), ("write_text", Path, "halfway")):
+        for count in (1, 2):                             # the options, then the log
+            assert wait(resume("log", before=die_at(name, module, count, when))) == -signal.SIGKILL
+            assert len(Path("log/log.jsonl").read_text().splitlines()) >= 7
     assert wait(resume("log")) == 0 and result("log") == whole[0]
 
 
