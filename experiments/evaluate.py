@@ -115,7 +115,9 @@ def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, si
     seeds = torch.arange(len(rows)) + seed * 1_000_003
     sampler = Sampler(model, temperature, seeds)
     model.__dict__.pop("diffuse", None)                  # undo an earlier `single`
-    if isinstance(model, L2D):
+    if not isinstance(model, L2D):
+        model.evaluations = torch.ones(len(rows))        # one pass for every token
+    else:
         vars(model.config).update({"solver": "midpoint", "velocity": "argmax", "guidance": 1.0, "t_end": None} | settings)
         classes = torch.tensor([model.config.class_names.index(row["label"]) for row in rows]) if labels else None
         inputs |= {"seeds": seeds, "class_ids": classes}

@@ -102,6 +102,12 @@ def test_settings_of_one_line_do_not_reach_the_next(folder):
     assert evaluations == [7, 1, 3, 7] and model.config.guidance == 1.0 and model.config.solver == "midpoint"
 
 
+def test_an_ordinary_checkpoint_is_measured_as_the_base_that_it_is(folder):
+    lines = [Bench(folder / name).measure("base", n=30, steps=1, temperature=tau) for tau in (0.0, 1.0) for name in ("base", "l2d")]
+    assert lines[0]["by_kind"] == lines[1]["by_kind"] and lines[2]["by_kind"] == lines[3]["by_kind"]
+    assert all(line["evaluations"] == 1 for line in lines)
+
+
 def test_beams_cost_evaluations(folder):
     line = Bench(folder / "l2d").measure("beams", n=6, kinds=("math",), steps=3, beams=2, temperature=0.0)
     assert line["evaluations"] == 6
