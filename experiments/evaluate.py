@@ -175,7 +175,7 @@ def over_models(lines):
     """The mean of the same line of several models, with Student's 95% interval for the mean of all possible ones."""
     mean, half = student([line["accuracy"] for line in lines])
     by_kind = {kind: sum(line["by_kind"][kind] for line in lines) / len(lines) for kind in lines[0]["by_kind"]}
-    return lines[0] | {"accuracy": mean, "interval": (mean - half, mean + half), "by_kind": by_kind,
+    return lines[0] | {"accuracy": mean, "interval": (max(0, mean - half), min(1, mean + half)), "by_kind": by_kind,
                        "evaluations": sum(line["evaluations"] for line in lines) / len(lines)}
 
 

@@ -51,12 +51,12 @@ def chains():
                f"experiments/evaluate.py --out {b}-l2d --steps {' '.join(map(str, STEPS))}",
                f"experiments/process.py --out {b}-l2d",
                *[f"train.py --seed {seed} --method {method} --out {b}-{method}" for method in ("lora", "full")],
-               f"experiments/evaluate.py --out {b}-lora {b}-full", *(settings if seed == 0 else [])]
-    for name, options in VARIANTS.items():
-        yield [f"train.py --seed 0 {options} --out {variant(name)}", f"experiments/evaluate.py --out {variant(name)} --steps 3 15"]
+               *[f"experiments/evaluate.py --out {b}-{method}" for method in ("lora", "full")], *(settings if seed == 0 else [])]
     for method in ("l2d", "lora", "full"):
         yield [f"train.py --seed 0 --max-steps 1000 --data out/tiny-base/without-fact.jsonl --method {method} --out out/forget-{method}",
                f"experiments/evaluate.py --out out/forget-{method} --steps 1 15"]
+    for name, options in VARIANTS.items():
+        yield [f"train.py --seed 0 {options} --out {variant(name)}", f"experiments/evaluate.py --out {variant(name)} --steps 3 15"]
 
 
 # ---- Running ---------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def share(mean, low, high):
 def row_over_seeds(title, lines):
     mean, half = student([line["accuracy"] for line in lines])
     kinds = (f"{100 * sum(line['by_kind'][kind] for line in lines) / len(lines):.1f}" for kind in KINDS)
-    return f"| {title} | {share(mean, mean - half, mean + half)} | {' | '.join(kinds)} |"
+    return f"| {title} | {share(mean, max(0, mean - half), min(1, mean + half))} | {' | '.join(kinds)} |"
 
 
 def main_table(results):
