@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments import process, reproduce, tiny
+from experiments import hops, process, reproduce, tiny
 from experiments.evaluate import Bench, interval, student
 from experiments.finetune import Adapted, Finetuned
 from l2d import L2D, L2DConfig
@@ -126,6 +126,19 @@ def test_inside_the_process(folder):
     assert along[-1]["accuracy"] == fixed["accuracy"] and fixed["evaluations"] == 7
     assert sum(b["n"] for b in fixed["by_difficulty"]) == len(tokens.right)
     assert adaptive["evaluations"] > 4 and adaptive["capped"] == 0
+
+
+def test_hops_are_what_the_links_say():
+    silent, aloud = (hops.questions(40, "a seed", (1, 2, 3), aloud=told) for told in (False, True))
+    for row, told in zip(silent, aloud):
+        prompt, end = (m["content"] for m in row["messages"])
+        links, (count, place) = dict(zip(prompt[:-3:2], prompt[1:-3:2])), prompt[-2:]
+        way = []
+        for _ in range(int(count)):
+            place = links[place]
+            way.append(place)
+        assert end == way[-1] and told["messages"][1]["content"] == "".join(way) and row["kind"].startswith(count)
+        assert sorted(links) == sorted(links.values()) and len(links) == hops.LINKS
 
 
 def test_intervals():
