@@ -124,15 +124,16 @@ def report(models):
         at = [m["shown"] for m in models]
         print(f"  t = {row['t']:4.2f}  " + "".join(f"{mean(at, i, 'true', 'by_kind', k):12.1%}{mean(at, i, 'noise', 'by_kind', k):8.1%}"
                                                   for k in KINDS[:3]))
+    solvers = [name for name in first if name not in ("along T = 31", "shown")]
     bins = [f"{low:g}-{high:g}" for low, high in zip(BINS, BINS[1:])]
-    print(f"\n{'evaluations per token':30}{'accuracy':>9}{'mean':>7}" + "".join(f"{k:>8}" for k in KINDS[:3])
-          + "   where the base's probability was " + "".join(f"{b:>9}" for b in bins))
-    for name in [name for name in first if name not in ("along T = 31", "shown")]:
-        at = [m[name] for m in models]
-        print(f"{name:30}{mean(at, 'accuracy'):9.1%}{mean(at, 'evaluations'):7.1f}"
-              + "".join(f"{mean(at, 'evaluations_by_kind', k):8.1f}" for k in KINDS[:3]) + " " * 36
-              + "".join(f"{mean(at, 'by_difficulty', i, 'evaluations'):9.1f}" for i in range(len(bins))))
-        print(" " * 70 + f"{'accuracy there':>36}"[:36] + "".join(f"{mean(at, 'by_difficulty', i, 'accuracy'):9.1%}" for i in range(len(bins))))
+    for title, key, form in (("evaluations per token", "evaluations", "9.1f"), ("tokens right", "accuracy", "9.1%")):
+        by_kind = "evaluations_by_kind" if key == "evaluations" else "by_kind"
+        print(f"\n{title:30}{'all':>9}" + "".join(f"{k:>9}" for k in KINDS[:3]) + "   where the base gave the right token a probability of\n"
+              + " " * 66 + "".join(f"{b:>9}" for b in bins))
+        for name in solvers:
+            at = [m[name] for m in models]
+            print(f"{name:30}{mean(at, key):{form}}" + "".join(f"{mean(at, by_kind, k):{form}}" for k in KINDS[:3])
+                  + "".join(f"{mean(at, 'by_difficulty', i, key):{form}}" for i in range(len(bins))))
 
 
 def main():
