@@ -1,4 +1,4 @@
-"""Every experiment of the README, from nothing, in about an hour on two CPU cores.
+"""Every experiment of the README, from nothing, in one to two hours on two CPU cores.
 
     python experiments/reproduce.py                run what has not been run, then write tables and figures
     python experiments/reproduce.py --list         only print the commands

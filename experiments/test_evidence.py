@@ -159,3 +159,13 @@ def test_every_command_of_the_experiments_is_understood(capsys, monkeypatch, tmp
             assert set(folders[:next((i for i, w in enumerate(folders) if w.startswith("--")), None)]) <= set(outs)
     helps = {script: run(script, "--help", cwd=tmp_path) for script in {words[0] for words in commands}}
     assert all(word in helps[words[0]] for words in commands for word in words if word.startswith("--"))
+
+
+def test_tables_are_those_of_the_results(tmp_path):
+    """results.md is made from results.jsonl."""
+    results = reproduce.Results(reproduce.FIGURES / "results.jsonl")
+    reproduce.write_tables(results, tmp_path / "results.md")
+    written = (reproduce.FIGURES / "results.md").read_text(encoding="utf-8")
+    assert (tmp_path / "results.md").read_text(encoding="utf-8") == written
+    with pytest.raises(ValueError, match="no result 'T = 2'"):
+        results.get("tiny-base-l2d", "T = 2")
