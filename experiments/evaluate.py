@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import render
 from experiments.console import check_numbers, console, load, load_model, load_tokenizer
-from experiments.tiny import KINDS, LABELS, questions
+from experiments.tiny import KINDS, LABELS, base_folder, questions
 from l2d import L2D, TABLEAUS, VELOCITIES, intervals
 from sample import Sampler
 from train import last_run
@@ -160,13 +160,13 @@ def lines_of(bench, args):
     told = "".join(f", {k}={v}" for k, v in others.items())
     lines = [(f"base, {kind}" if T == 1 else f"T = {T}{told}, {kind}", {"steps": T, "temperature": tau, **(others if T > 1 else {})})
              for T in args.steps for tau, kind in both]
-    t = best_time(bench)
+    t = best_time(bench, seed=1)
     return lines + [(f"one evaluation on noise, {kind}", {"single": t, "temperature": tau}) for tau, kind in both]
 
 
-def best_time(bench):
-    """The time at which one evaluation of the path on noise answers best, greedily, on 300 other questions."""
-    tried = {t: bench.measure("best time", 300, 1, single=t, temperature=0.0)["accuracy"]
+def best_time(bench, **other):
+    """The time at which one evaluation of the path on noise answers best, greedily, on 300 other questions (by seed or rows)."""
+    tried = {t: bench.measure("best time", 300, single=t, temperature=0.0, **other)["accuracy"]
              for t in tqdm(TIMES, desc="the best time for a single evaluation", disable=None)}
     return max(tried, key=tried.get)
 
@@ -226,8 +226,7 @@ def draw(lines, file):
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of --out: the tiny models of these training seeds")
+    add_models(parser)
     parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 7, 15, 31], help="T (default: 1 3 7 15 31)")
     parser.add_argument("--solver", choices=TABLEAUS, help="(default: midpoint)")
@@ -264,10 +263,16 @@ def check_figure(parser, args):
                      f"steps (not {args.solver}, if that is adaptive), and neither --guidance nor --beams")
 
 
+def add_models(parser):
+    """The options that `model_folders` reads."""
+    parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of --out: the tiny models of these training seeds")
+
+
 def model_folders(args):
     """The models that --out or --seeds name; without either the last one trained."""
     if args.seeds is not None:
-        return [f"out/tiny-base{f'-{seed}' if seed else ''}-l2d" for seed in args.seeds]
+        return [f"{base_folder(seed)}-l2d" for seed in args.seeds]
     return args.out or [last_run("config.json", containing='"model_type": "l2d"')]
 
 

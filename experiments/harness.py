@@ -35,7 +35,8 @@ from transformers import AutoTokenizer, GenerationConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import DATE, read_rows
-from experiments.evaluate import interval, model_folders
+from experiments.console import pick_device
+from experiments.evaluate import add_models, interval, model_folders
 from l2d import L2D, TABLEAUS, intervals
 
 TASKS = {"gsm8k": "gsm8k", "math": "minerva_math", "math500": "minerva_math500",                # name here: name in the harness
@@ -133,9 +134,8 @@ def load_model(folder, solver, device, batch_size):
         raise ValueError(f"the tokenizer of {folder} has no chat template; put the base's chat_template.jinja into that folder")
     tokens = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens, disable_compile=True)       # many a base's own tempers the sampling
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     return import_harness().models.huggingface.HFLM(
-        pretrained=model.to(device), tokenizer=tokenizer, backend="causal", batch_size=batch_size,
+        pretrained=model.to(pick_device(device)), tokenizer=tokenizer, backend="causal", batch_size=batch_size,
         chat_template_args={"date_string": DATE, "strftime_now": lambda form: DATE})
 
 
@@ -238,8 +238,7 @@ def evaluate(args, folders):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of --out: the tiny models of these training seeds")
+    add_models(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 15], help="T (default: 1 15)")
     parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="(default: midpoint)")
     parser.add_argument("--seed", type=int, default=0, help="of the shots, the noise and sampling (default: %(default)s)")

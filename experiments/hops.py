@@ -13,10 +13,7 @@ Two paths are trained on each base: the paper's, and one with `self_condition`, 
 evaluation before. Results are in results.jsonl of each model's folder and are read from there the next time."""
 
 import argparse
-import json
-import os
 import random
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -72,24 +69,14 @@ def prepare(seed):
     right = 0.0
     for step in bar:
         ids, labels = tiny.encode(questions(128, f"base {seed} {step}", ALOUD, aloud=True), tokenizer)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 50)
         logits, keep = model(ids).logits[:, :-1], labels[:, 1:] != -100
         loss = torch.nn.functional.cross_entropy(logits[keep], labels[:, 1:][keep])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        tiny.update(optimizer, loss, step)
         right = 0.95 * right + 0.05 * (logits.argmax(-1) == labels[:, 1:])[keep].float().mean().item()
         bar.set_postfix(loss=f"{loss.item():.3f}", right=f"{right:.1%}", refresh=False)
         if right > 0.99:
             break
-    making = folder.with_name(folder.name + ".making")
-    shutil.rmtree(making, ignore_errors=True)
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    (making / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions(96_000, f"train {seed}", SILENT)))
-    os.replace(making, folder)
+    tiny.save(folder, model, tokenizer, train=questions(96_000, f"train {seed}", SILENT))
     return folder
 
 
@@ -108,9 +95,9 @@ def train(seed, self_condition):
 def measure(folder, n=1020):
     """The lines of one model: every T, and one evaluation on noise, all greedy; the time of the last is chosen on other questions."""
     bench, rows = evaluate.Bench(folder), partial(questions, hops=SILENT)
-    one = {t: bench.measure("best time", 300, rows=rows(300, "tried"), single=t, temperature=0.0)["accuracy"] for t in evaluate.TIMES}
+    t = evaluate.best_time(bench, rows=rows(300, "tried"))
     plan = [(f"{'base' if T == 1 else f'T = {T}'}, greedy", {"steps": T}) for T in STEPS]
-    plan += [("one evaluation on noise, greedy", {"single": max(one, key=one.get)})]
+    plan += [("one evaluation on noise, greedy", {"single": t})]
     return [bench.measure(name, n, rows=rows(n, "test"), temperature=0.0, **what) for name, what in plan]
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.console import console
-from experiments.evaluate import Bench, model_folders
+from experiments.evaluate import Bench, add_models, model_folders
 from experiments.tiny import KINDS, encode, questions
 from l2d import IGNORE
 
@@ -41,6 +41,7 @@ class Tokens:
         self.kinds = torch.tensor([KINDS.index(row["kind"]) for row in rows])[keep.nonzero()[:, 0]]
         seeds = torch.arange(n) + seed * 1_000_003
         self.context = self.model.read(keep, ids, past_key_values=DynamicCache(), seeds=seeds)
+        self.sure = self.probability(self.model.base.lm_head(self.context.normed)).detach()  # the base's, of the right token
 
     def score(self, logits):
         """Shares of tokens whose right one is the most likely, overall and by kind, and its mean probability."""
@@ -75,9 +76,9 @@ def shown(tokens):
 
 def spent(tokens, **settings):
     """Accuracy and evaluations of a solver, by kind and by how probable the right token was to the base."""
-    sure = tokens.probability(tokens.model.logits(None, 0.0, tokens.context))
     logits, used = tokens.diffuse(**settings)
     hits, used, bins = (logits.argmax(-1) == tokens.right).float(), used.float(), []
+    sure = tokens.sure
     for low, high in zip(BINS, BINS[1:]):
         chosen = (sure >= low) & (sure <= high if high == 1 else sure < high)
         bins.append({"from": low, "to": high, "n": int(chosen.sum()), "accuracy": hits[chosen].mean().item(),
@@ -138,8 +139,7 @@ def report(models):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of --out: the tiny models of these training seeds")
+    add_models(parser)
     parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure anew what results.jsonl already has")

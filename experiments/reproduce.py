@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.console import console
 from experiments.evaluate import student
+from experiments.tiny import base_folder
 
 ROOT, FIGURES = Path(__file__).parent.parent, Path(__file__).parent / "figures"
 SEEDS = (0, 1, 2)
@@ -27,10 +28,6 @@ STEPS = (1, 3, 7, 15, 31, 63, 127)
 VARIANTS = {"sigma = 1.5": "--sigma 1.5", "sigma = 6": "--sigma 6", "cosmap times": "--timesteps cosmap",
             "full path": "--path full", "path from scratch": "--path scratch"}
 KINDS = ("fact", "math", "string")
-
-
-def base(seed):
-    return f"out/tiny-base-{seed}" if seed else "out/tiny-base"
 
 
 def variant(name):
@@ -46,7 +43,7 @@ def chains():
                 f"{l2d} --steps 15 --t-end {2 / 3:.4f}", f"{l2d} --steps 15 --t-end 0.95",
                 *[f"{l2d} --solver {solver} --tolerances 0.03 0.003 0.0003" for solver in ("fehlberg2", "bosh3")]]
     for seed in SEEDS:
-        b = base(seed)
+        b = base_folder(seed)
         yield [f"train.py --seed {seed} --out {b}-l2d",
                f"experiments/evaluate.py --out {b}-l2d --steps {' '.join(map(str, STEPS))}",
                f"experiments/process.py --out {b}-l2d",
@@ -91,8 +88,8 @@ def run_all(workers):
     """All chains, `workers` at a time, after the seeds' bases have been made."""
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(run, [f"experiments/tiny.py --seed {seed}" for seed in SEEDS]))
-    rows = (ROOT / base(0) / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (ROOT / base(0) / "without-fact.jsonl").write_text("".join(row for row in rows if json.loads(row)["kind"] != "fact"), encoding="utf-8")
+    rows = (ROOT / base_folder(0) / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (ROOT / base_folder(0) / "without-fact.jsonl").write_text("".join(row for row in rows if json.loads(row)["kind"] != "fact"), encoding="utf-8")
     with ThreadPoolExecutor(workers) as pool:
         for chain in [pool.submit(lambda commands: [run(c) for c in commands], chain) for chain in chains()]:
             chain.result()
@@ -123,7 +120,7 @@ class Results:
 
     def seeds(self, suffix, name):
         """The line of every training seed; {m} in the name is the model's."""
-        models = [base(seed).removeprefix("out/") + suffix for seed in SEEDS]
+        models = [base_folder(seed).removeprefix("out/") + suffix for seed in SEEDS]
         return [self.get(model, name.format(m=model)) for model in models]
 
 

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 from experiments import tiny
 from experiments.trace import trace
-from l2d import L2D, TABLEAUS, L2DConfig, solve_adaptive
+from l2d import L2D, L2DConfig
 from test_convert import Trap, make, release_state_dict
 
 torch.set_num_threads(1)

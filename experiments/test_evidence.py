@@ -1,8 +1,6 @@
 """Tests of the experiments: python -m pytest -q experiments/test_evidence.py"""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from experiments import hops, process, reproduce, tiny
 from experiments.evaluate import Bench, interval, student
 from experiments.finetune import Adapted, Finetuned
 from l2d import L2D, L2DConfig
+from test_l2d import run
 
-ROOT = Path(__file__).parent.parent
 SHORT = ["--max-steps", "4", "--batch-size", "8", "--warmup-steps", "1", "--lr", "1e-2", "--save-every", "2", "--eval-every", "2",
          "--device", "cpu"]
 
@@ -37,13 +35,6 @@ def folder(tmp_path_factory):
     for name in ("base", "l2d"):
         tokenizer.save_pretrained(folder / name)
     return folder
-
-
-def run(script, *args, cwd, code=0):
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import l2d
-from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, Linear, LoRALinear, mlp, modulate, normal, rescale, rotate,
+from l2d import (TABLEAUS, DiffusionVocabulary, LoRALinear, mlp, modulate, normal, rescale, rotate,
                  solve_adaptive, solve_fixed, time_features, uniform)
 from test_l2d import IDS, SEEDS, naive_losses, naive_path, read, tiny_base, tiny_l2d
 

@@ -121,6 +121,17 @@ def sampled_accuracy(model, rows, tokenizer):
     return right.sum(1).exp().mean().item()
 
 
+def update(optimizer, loss, step, lr=2e-3):
+    """One step of plain training: 50 steps of linear warm-up to lr, the gradient's norm clipped at 1."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / 50)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     """Plain next-token training, stopped half-taught: when sampled accuracy on fresh questions reaches `until`."""
     torch.manual_seed(seed)
@@ -129,14 +140,9 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     fresh = questions(600, seed=-1, test=True, kinds=KINDS[:3], shares=None)
     bar = tqdm(range(max_steps), desc=f"training the tiny base until it answers {until:.0%}")
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50)
         ids, labels = encode(questions(batch, seed=seed * 1_000_003 + step), tokenizer)
         loss = model(ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizer, loss, step, lr)
         if step % 10 == 9:
             accuracy = sampled_accuracy(model, fresh, tokenizer)
             bar.set_postfix(loss=f"{loss.item():.3f}", sampled_accuracy=f"{accuracy:.1%}")
@@ -146,27 +152,36 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     return model.eval()
 
 
+def base_folder(seed):
+    """Where the base of a seed is kept."""
+    return f"out/tiny-base{f'-{seed}' if seed else ''}"
+
+
+def save(folder, model, tokenizer, **files):
+    """Write a checkpoint folder with data beside it: name -> the rows of NAME.jsonl. Everything is written to a folder of another
+    name first and moved into place at the end, so that a half-made folder never looks whole."""
+    making = folder.with_name(folder.name + ".making")
+    shutil.rmtree(making, ignore_errors=True)
+    model.save_pretrained(making)
+    tokenizer.save_pretrained(making)
+    for name, rows in files.items():
+        with open(making / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(making, folder)
+
+
 def prepare(folder=None, seed=0, n_train=64_000, n_test=1_020, until=0.42):
     """Make the base, its tokenizer, train.jsonl and test.jsonl in `folder`, unless they are there. Returns the folder, which is
-    out/tiny-base, with the seed if that is not 0, by default.
-
-    Everything is written beside it first and moved into place at the end, so that a half-made folder never looks whole."""
-    folder = Path(folder or f"out/tiny-base{f'-{seed}' if seed else ''}")
+    out/tiny-base, with the seed if that is not 0, by default."""
+    folder = Path(folder or base_folder(seed))
     torch.set_num_threads(1)                             # for a model this small, threads only wait for each other
     if (folder / "model.safetensors").exists():
         print(f"tiny base: {folder} (made earlier; delete the folder to make it again)")
         return folder
     tokenizer = make_tokenizer()
     model = train_base(tokenizer, seed, until)
-    making = folder.with_name(folder.name + ".making")
-    shutil.rmtree(making, ignore_errors=True)
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
-    for name, rows in (("train", questions(n_train, seed=f"train {seed}")),
-                       ("test", questions(n_test, seed="test", test=True, kinds=KINDS[:3], shares=None))):
-        with open(making / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(making, folder)
+    save(folder, model, tokenizer, train=questions(n_train, seed=f"train {seed}"),
+         test=questions(n_test, seed="test", test=True, kinds=KINDS[:3], shares=None))
     print(f"tiny base: {folder} ({sum(p.numel() for p in model.parameters()):,} parameters)")
     return folder
 
