@@ -454,7 +454,8 @@ class L2D(PreTrainedModel, GenerationMixin):
     is shared and never changed; the path is float32, on its device. ValueError: an unsupported base, or a bad setting."""
     config_class = L2DConfig
     base_model_prefix = "base"
-    _supports_sdpa = True
+    _supports_sdpa = supports_gradient_checkpointing = True
+    gradient_checkpointing = False                       # `gradient_checkpointing_enable()` sets it, as in any model
 
     def __init__(self, config, base):
         config.check(base.config)
@@ -582,6 +583,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         classes [M] says which row of the modulations is whose, None that they are in order. This is the part to compile."""
         pick = lambda m: m if classes is None else m.index_select(0, classes)
         for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
+            block = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and f.requires_grad else block
             f = block(f, pick(modulations[i]), layer, context, i)
         return (context.hidden + pick(weight) * f).to(f.dtype)
 
@@ -660,15 +662,14 @@ class L2D(PreTrainedModel, GenerationMixin):
         value, token = logits.max(-1)
         return table[token] + 0 * value[:, None]         # argmax alone would hide NaN and inf; so they end in the answer
 
-    def velocity(self, x_t, t, t_next, context, observe=None):
+    def velocity(self, x_t, t, t_next, context, observe=lambda *_: None):
         """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
         With guidance, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null), Eq. 7 with the plus sign that the
         paper's print lost. Both velocities start at the same x_t, so it is enough to mix their x̂."""
         w, copies = self.config.guidance, len(context.hidden) // len(x_t)
         each = lambda v: v.repeat_interleave(copies, 0) if torch.is_tensor(v) else v
         logits = self.logits(each(x_t), each(t), context)
-        if observe:
-            observe(x_t, t, logits[::copies])
+        observe(x_t, t, logits[::copies])
         x_hat = context.previous = self.estimate(logits, each(t), each(t_next), context)
         if copies == 2:
             x_hat = w * x_hat[::2] + (1 - w) * x_hat[1::2]
@@ -676,7 +677,7 @@ class L2D(PreTrainedModel, GenerationMixin):
 
     # -- Algorithm 1: from noise to the next token's logits ---------------------------------------------------------
     @torch.no_grad()
-    def diffuse(self, context, steps=None, observe=None):
+    def diffuse(self, context, steps=None, observe=lambda *_: None):
         """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
         The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
         class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: bad `steps`; RuntimeError: NaN."""
@@ -697,8 +698,7 @@ class L2D(PreTrainedModel, GenerationMixin):
             x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
         context.previous = queries.previous[::len(queries.slots) // len(x)]
         logits = self.logits(x, t, context)
-        if observe:
-            observe(x, t, logits)
+        observe(x, t, logits)
         if not logits.amax(-1).isfinite().all():         # asked once a token; a second run tells where it began
             self.diffuse(context, steps, observe=context.refuse_nan)
         return logits, used + 1

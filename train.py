@@ -5,6 +5,7 @@
     python train.py --model Qwen/Qwen2.5-1.5B-Instruct --data chats.jsonl --max-length 1024 --micro-batch-size 2
     python train.py --method lora                                the baseline: finetune the base itself
     python train.py --resume                                     continue the last run after a crash or Ctrl-C
+    torchrun --nproc-per-node 8 train.py --model ...             the same run, on eight GPUs
 
 --data takes a .jsonl file, or a hub data set as NAME, NAME:SUBSET or NAME:SUBSET:SPLIT. A row holds either
 {"messages": [{"role": .., "content": ..}, ..]} or a question and an answer ({"prompt": .., "response": ..}, or the names
@@ -28,11 +29,14 @@ from transformers import AutoConfig
 
 from experiments.chats import load_data, permutation
 from experiments.console import (check_numbers, check_out, console, load, load_base, load_options, load_tensors, load_tokenizer,
-                                 pick_device, read_log, save_tensors, write_text)
-from experiments.flops import peak_flops, update_flops
+                                 read_log, save_tensors, write_text)
+from experiments.flops import progress
+from experiments.parallel import (adding_up, any_of, check_batch, from_first, gathered, own_device, parallel, processes, rank, share,
+                                  sharded, total, world)
 from l2d import IGNORE, L2D, L2DConfig
 
-CHOICES = {"dtype": ("bfloat16", "float32"), "method": ("l2d", "lora", "full")}
+CHOICES = {"dtype": ("bfloat16", "float32"), "method": ("l2d", "lora", "full"), "self_condition": (0, 1),
+           "gradient_checkpointing": (0, 1), "shard": (0, 1)}
 
 OPTIONS = {                                              # name: (default, default of the tiny model, help)
     "model and data": {
@@ -57,7 +61,7 @@ OPTIONS = {                                              # name: (default, defau
         "max_steps": (None, 2000, "updates (default: as many as --epochs makes)"),
         "epochs": (1.0, 1.0, "passes over the data, where --max-steps is not given"),
         "batch_size": (32, 128, "examples per update"),
-        "micro_batch_size": (4, 128, "examples per forward pass: lower it when memory runs out"),
+        "micro_batch_size": (4, 128, "examples per forward pass and process: lower it when memory runs out"),
         "lr": (1e-4, 2e-3, "peak learning rate"),
         "min_lr": (1e-6, 1e-5, "learning rate at the end of the linear decay"),
         "warmup_steps": (100, 50, "updates of linear warm-up"),
@@ -68,6 +72,8 @@ OPTIONS = {                                              # name: (default, defau
     "running": {
         "device": (None, None, "cuda, mps or cpu (default: the first there is)"),
         "dtype": (None, None, "of the frozen base: bfloat16 or float32 (default: bfloat16 on cuda)"),
+        "gradient_checkpointing": (0, 0, "1: compute the blocks again in the backward pass, for less memory"),
+        "shard": (0, 0, "1: split the frozen base over torchrun's processes (FSDP), if it does not fit one GPU"),
         "eval_every": (1000, 250, "steps between validations"),
         "save_every": (500, 250, "steps between checkpoints")}}
 
@@ -87,7 +93,7 @@ def parse_args():
     if given["resume"]:                                  # with the run's own options: else the result would be neither run's
         args["out"] = given.get("out") or str(last_run("args.json"))
         args |= load_options(args["out"]) | {"out": args["out"]}
-        for k in given.keys() - {"device", "micro_batch_size", "resume", "out"}:
+        for k in given.keys() - {"device", "micro_batch_size", "gradient_checkpointing", "shard", "resume", "out"}:
             if given[k] != args[k]:
                 parser.error(f"the run has {k}={args[k]}, so --resume cannot have {given[k]}; leave it out or start anew")
     args |= given
@@ -133,21 +139,23 @@ def update(step, model, optimizer, data, args, pad):
         batch.append((data[permutation(len(data), args.seed + 7919 * epoch)[i]], (args.seed << 40) + place))
     batch.sort(key=lambda pair: len(pair[0]["input_ids"]))
     answers = sum(len(e["input_ids"]) - e["answer"] for e, _ in batch)
-    total = torch.zeros((), device=model.device)
-    for inputs in micro_batches(batch, args, pad, model):
-        loss = model(**inputs, num_items_in_batch=answers).loss
-        loss.backward()
-        total += loss.detach()
+    pieces, losses = list(micro_batches(share(batch), args, pad, model)), []
+    for inputs in pieces:
+        with adding_up(model, last=inputs is pieces[-1]):
+            loss = model(**inputs, num_items_in_batch=answers / world()).loss            # processes average their gradients
+            loss.backward()
+        losses.append(loss.detach())
+    loss = total(sum(losses)) / world()
     norm = torch.nn.utils.clip_grad_norm_(model.path_parameters().values(), args.clip)
-    if not (torch.isfinite(total) and torch.isfinite(norm)):
-        raise RuntimeError(f"loss {total.item()}, gradient norm {norm.item()} at step {step + 1}: start anew with a lower --lr")
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise RuntimeError(f"loss {loss.item()}, gradient norm {norm.item()} at step {step + 1}: start anew with a lower --lr")
     lr = learning_rate(step, args)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     tokens = sum(len(e["input_ids"]) for e, _ in batch)
-    return {"step": step + 1, "loss": total.item(), "lr": lr, "grad_norm": norm.item(), "tokens": tokens, "answers": answers}
+    return {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "tokens": tokens, "answers": answers}
 
 
 def learning_rate(step, args):
@@ -163,7 +171,7 @@ def validate(model, data, args, pad):
     """Loss in five bands of t, and teacher-forced accuracy (is the most likely token the right one?) at T = 1 and T = 15."""
     losses, times, right = [], [], {T: [] for T in ([1, 15] if args.method == "l2d" else [1])}
     model.eval()
-    for inputs in micro_batches([(e, i) for i, e in enumerate(data)], args, pad, model):
+    for inputs in micro_batches(share([(e, i) for i, e in enumerate(data)]), args, pad, model):
         for found, value in zip((losses, times), model.token_losses(**inputs)):
             found.append(value)
         labels = inputs.pop("labels")[:, 1:]
@@ -172,10 +180,10 @@ def validate(model, data, args, pad):
             answer = model(**inputs, steps=T, logits_to_keep=keep).logits.argmax(-1)
             right[T].append((answer == labels[labels != IGNORE]).float())
     model.train()
-    losses, bands = torch.cat(losses), (torch.cat(times) * 5).long()
+    losses, bands = gathered(losses), (gathered(times) * 5).long()
     result = {"val_loss": losses.mean().item()}
     result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5) if b in bands and args.method == "l2d"}
-    return result | {f"accuracy_T{T}": torch.cat(hits).mean().item() for T, hits in right.items()}
+    return result | {f"accuracy_T{T}": gathered(hits).mean().item() for T, hits in right.items()}
 
 
 def save_checkpoint(step, model, optimizer, args):
@@ -203,10 +211,11 @@ def build(args):
     """(model, tokenizer, training examples, validation examples); fills in what args leave open. What can be wrong with the
     options is found before the data are read, which may take long."""
     check_out(args.out, args.resume)
-    args.device = pick_device(args.device)
+    check_batch(args.batch_size)
+    args.device = own_device(args.device)
     if args.model is None:
         from experiments.tiny import prepare
-        args.model = str(prepare(seed=args.seed))
+        args.model = from_first(lambda: str(prepare(seed=args.seed)))
         if args.data == "made on the spot":
             args.data = os.path.join(args.model, "train.jsonl")
     settings = {k: getattr(args, k) for k in OPTIONS["diffusion path"]}
@@ -216,35 +225,31 @@ def build(args):
     max_length = min(args.max_length, lm.max_position_embeddings)
     train, held_out = load_data(args.data, tokenizer, max_length, args.label_column, args.validation)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
-    base = load_base(args.model, dtype=dtype).to(args.device)
+    base = load_base(args.model, dtype=dtype)
+    base = (sharded(base, args) if args.shard else base).to(args.device)
     labels = sorted({e["label"] for e in train if e["label"] is not None}) if args.label_column else []
     torch.manual_seed(args.seed)
     if args.method == "l2d":
         model = L2D(L2DConfig(base_model=args.model, class_names=labels, **settings), base).train()
+        model.gradient_checkpointing = bool(args.gradient_checkpointing)
     else:
         from experiments.finetune import Finetuned
-        model = Finetuned(base, args.method, args.lora_rank, args.lora_alpha)
+        model = Finetuned(base, args.method, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
     name = os.path.basename(os.path.normpath(args.model)) + f"-{args.method}"
-    args.out = args.out or next(f"out/{name}{n}" for n in ("", *range(-2, -10_000, -1)) if not os.path.exists(f"out/{name}{n}"))
-    return model, tokenizer, train, held_out
+    free = (f"out/{name}{n}" for n in ("", *range(-2, -10_000, -1)) if not os.path.exists(f"out/{name}{n}"))
+    args.out = args.out or from_first(lambda: next(free))
+    return parallel(model), tokenizer, train, held_out
 
 
-def open_log(file, step):
-    """The log, without lines of updates that a kill has undone."""
-    write_text(file, "".join(json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= step))
-    return open(file, "a", encoding="utf-8", buffering=1)
-
-
-def report(line, seconds, model, args):
-    """What the progress bar shows of an update."""
-    shown = {"loss": f"{line['loss']:.3f}", "lr": f"{line['lr']:.1e}", "tok/s": f"{line['tokens'] / seconds:,.0f}"}
-    if args.device.startswith("cuda"):
-        peak = peak_flops(torch.cuda.get_device_name(args.device))
-        if peak and args.method == "l2d":
-            shown["peak"] = f"{update_flops(model, line['tokens'], line['answers']) / seconds / peak:.0%}"
-        shown["GB"] = f"{torch.cuda.max_memory_allocated(args.device) / 1e9:.1f}"
-    return shown
+def prepare_out(args, tokenizer, step):
+    """The output folder: the options, the tokenizer, and the log without lines of updates that a kill has undone."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
+    tokenizer.save_pretrained(out)
+    lines = [line for line in read_log(out / "log.jsonl") if line["step"] <= step]
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def train(args):
@@ -256,36 +261,34 @@ def train(args):
         lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps)
     step = load_checkpoint(model, optimizer, args)
     print(f"{sum(p.numel() for p in named):,} trained parameters; {len(data):,} examples, {len(held_out):,} held out; "
-          f"{args.max_steps:,} steps of {args.batch_size} on {args.device}; writing to {out}/")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
-    tokenizer.save_pretrained(out)
-    log = open_log(out / "log.jsonl", step)
+          f"{args.max_steps:,} steps of {args.batch_size} on {f'{world()} x ' * (world() > 1)}{args.device}; writing to {out}/")
+    from_first(lambda: prepare_out(args, tokenizer, step))
+    log = open(out / "log.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
     stop = []                                            # Ctrl-C ends the run after the update it falls in
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
-    with tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps") as bar:
-        while step < args.max_steps and not stop:
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True) or world() > 1 or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    with tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps", disable=rank() > 0) as bar:
+        while step < args.max_steps and not any_of(stop):
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args, tokenizer.pad_token_id or 0)
             step, seconds = step + 1, time.perf_counter() - start
             bar.update()
-            bar.set_postfix(report(line, seconds, model, args), refresh=False)
+            bar.set_postfix(progress(line, seconds, model, args), refresh=False)
             print(json.dumps(line), file=log)
-            if held_out and (step % args.eval_every == 0 or step == args.max_steps):
+            if len(held_out) >= world() and (step % args.eval_every == 0 or step == args.max_steps):
                 result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
                 print(json.dumps({"step": step} | result), file=log)
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
             if step % args.save_every == 0 and step < args.max_steps:
-                save_checkpoint(step, model, optimizer, args)
-    save_checkpoint(step, model, optimizer, args)        # here, so that Ctrl-C cannot fall between the question and the saving
+                from_first(lambda: save_checkpoint(step, model, optimizer, args))
+    from_first(lambda: save_checkpoint(step, model, optimizer, args))        # also where Ctrl-C came after the last update
     log.close()
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
         sys.exit(130)
-    model.save_pretrained(out)
+    from_first(lambda: model.save_pretrained(out))
     print(f"saved in {out}/; now: python {'sample.py --steps 127 --out' if args.method == 'l2d' else 'train.py --model'} {out}")
 
 
 if __name__ == "__main__":
-    with console("train.py"):
+    with console("train.py"), processes():
         train(parse_args())

@@ -30,6 +30,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.flops import path_linears, update_flops
 from experiments.naive import naive_logits, naive_loss, naive_token
 from l2d import IGNORE, L2D, L2DConfig
 
@@ -90,13 +91,6 @@ def machine(args):
     copy, size = torch.empty_like(big), size * big.element_size()
     times = seconds({"copy": lambda: copy.copy_(big), "read": lambda: big @ big[0], "product": lambda: a @ a}, 10)
     return max(2 * size / times["copy"][0], size / times["read"][0]), 2 * n**3 / times["product"][0]
-
-
-def path_linears(model):
-    """(the path's layer, the LM's) in every block."""
-    return [(getattr(block, name), getattr(part, name)) for block, layer in zip(model.blocks, model.base.model.layers)
-            for part, names in ((layer.self_attn, ("q_proj", "o_proj")), (layer.mlp, ("gate_proj", "up_proj", "down_proj")))
-            for name in names]
 
 
 def evaluation_bytes(model, batch, context):
@@ -271,7 +265,7 @@ class Benchmark:
 
     def training(self):
         """Updates on sequences whose second half is the answer, against a loop that takes every position to its logits."""
-        (B, S), model, base, path = (4, 2048) if self.cuda else (1, 256), self.plain, self.plain.base, self.plain.path_parameters()
+        (B, S), model, path = (4, 2048) if self.cuda else (1, 256), self.plain, self.plain.path_parameters()
         ids = torch.randint(model.config.text_config.vocab_size, (B, S), device=self.args.device)
         labels = ids.masked_fill(torch.arange(S, device=ids.device) < S // 2, IGNORE)
         optimizer = torch.optim.AdamW(path.values(), lr=1e-5, fused=self.cuda)
@@ -280,9 +274,7 @@ class Benchmark:
             loss().backward()
             optimizer.step()
             optimizer.zero_grad()
-        trained, head = sum(p.numel() for p in path.values()), base.lm_head.weight.numel()
-        main, frozen = (sum(w.numel() for w in ws) for ws in (base.model.layers.parameters(), (b.weight for _, b in path_linears(model))))
-        flops = 2 * main * B * S + (4 * (frozen + head) + 6 * trained) * B * S // 2
+        flops = update_flops(model, B * S, B * S // 2)
         for name, loss in {"l2d": lambda: model(ids, labels=labels).loss, "naive": lambda: naive_loss(model, ids, labels)}.items():
             torch.cuda.reset_peak_memory_stats() if self.cuda else None
             found = statistics.median(seconds({"": lambda: update(loss)}, 3)[""])

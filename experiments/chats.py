@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from experiments.console import one_line
+from experiments.parallel import rank
 
 SMOLTALK = {"self-oss-instruct": "coding", "metamathqa-50k": "math", "numina-cot-100k": "math", "openhermes-100k": "general",
             "smol-magpie-ultra": None}                   # the paper's subsets (B.1), their class (Table 5); None: by category
@@ -115,7 +116,7 @@ def encode(rows, tokenizer, max_length, label_column, problems):
 def load_examples(rows, tokenizer, max_length, label_column, data):
     """The examples of all rows of `data`, a thousand rows at a time. ValueError: none usable, or none with a label."""
     problems, found = Counter(), []
-    for i in tqdm(range(0, len(rows), 1000), desc="reading chats, in thousands"):
+    for i in tqdm(range(0, len(rows), 1000), desc="reading chats, in thousands", disable=rank() > 0):
         chunk = [rows[j] for j in range(i, min(i + 1000, len(rows)))]
         found += encode(chunk, tokenizer, max_length, label_column, problems)
     for problem, count in problems.most_common():

@@ -49,7 +49,7 @@ class Finetuned(nn.Module):
 
     load_path = L2D.load_path
 
-    def __init__(self, base, method, rank, alpha):
+    def __init__(self, base, method, rank, alpha, gradient_checkpointing=False):
         super().__init__()
         self.base, self.full = base.requires_grad_(method == "full"), method == "full"
         self.config = SimpleNamespace(class_names=[])    # labels are ignored
@@ -57,6 +57,10 @@ class Finetuned(nn.Module):
             base.float()
         else:
             replace_modules(base.model.layers, nn.Linear, lambda layer: Adapted(layer, rank, alpha))
+        if gradient_checkpointing:
+            base.train()                                 # else the layers would not; the newer name first
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     @property
     def device(self):

@@ -52,7 +52,7 @@ class Tokens:
     def probability(self, logits):
         return logits.float().softmax(-1).gather(-1, self.right[:, None])[:, 0]
 
-    def diffuse(self, observe=None, **settings):
+    def diffuse(self, observe=lambda *_: None, **settings):
         vars(self.model.config).update({"solver": "midpoint", "velocity": "argmax", "t_end": None} | settings)
         return self.model.diffuse(self.context, observe=observe)
 

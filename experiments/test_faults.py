@@ -40,14 +40,14 @@ RUN = ["--model", "base", "--data", "chats.jsonl", "--max-steps", STEPS, "--save
        "--batch-size", 4, "--dim", 8, "--cond-dim", 8, "--lora-rank", 2, "--warmup-steps", 2, "--lr", 1e-2, "--device", "cpu"]
 
 
-def start(*args, before=lambda: None):
-    """Run train.py in a fork, after before(): its process id. What it prints goes to the file `output`."""
+def start(*args, before=lambda: None, file="output"):
+    """Run train.py in a fork, after before(): its process id. What it prints goes to `file`."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:                                                 # whatever happens, the fork must not go on as a second pytest
-        log = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
         tqdm.set_lock(threading.RLock())                 # its own lock is shared with forks, and one may die holding it

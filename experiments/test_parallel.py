@@ -1,0 +1,164 @@
+"""Several processes, as torchrun starts them: pytest experiments/test_parallel.py
+
+Two CPU processes over gloo train what one process trains. Most of them are forks of this process (see test_faults.py) with
+torchrun's environment; the last test runs torchrun itself."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from experiments import console, parallel, tiny
+from experiments.finetune import Finetuned
+from experiments.test_faults import ROOT, RUN, result, run, start, step_of, wait, whole  # noqa: F401 (whole: a fixture)
+from l2d import L2D, L2DConfig
+
+pytestmark = pytest.mark.skipif(not (hasattr(os, "fork") and torch.distributed.is_available()), reason="needs fork and gloo")
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("only the first process writes")
+
+
+def start_all(n, *args, then=lambda: None):
+    """torchrun --nproc-per-node n train.py .. in forks, each after then(): their process ids."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def be(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        if rank:
+            console.write_whole = L2D.save_pretrained = refuse
+        then()
+    return [start(*args, before=lambda rank=rank: be(rank), file=f"output-{rank}") for rank in range(n)]
+
+
+def run_all(n, *args):
+    """What the first process printed; the others print nothing."""
+    codes = [wait(pid) for pid in start_all(n, *args)]
+    texts = [Path(f"output-{rank}").read_text() for rank in range(n)]
+    assert codes == [0] * n, texts
+    assert texts[1:] == [""] * (n - 1)
+    return texts[0]
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    """Two logs, line by line: same steps, and same figures but for rounding."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("options", [[], ["--shard", 1], ["--gradient-checkpointing", 1], ["--micro-batch-size", 1]])
+def test_two_processes_follow_the_curve_of_one(whole, options):
+    expected, _ = whole
+    folder = "two" + "".join(map(str, options))
+    shown = run_all(2, *RUN, *options, "--out", folder)
+    assert "12 steps of 4 on 2 x cpu" in shown
+    assert_same(result(folder)[2], expected[2])
+    ours, theirs = (load_file(f"{name}/model.safetensors") for name in (folder, "whole"))
+    for name, tensor in ours.items():                    # Adam makes a step of the rounding of a gradient that is nearly 0
+        assert (tensor - theirs[name]).norm() <= 0.01 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_baselines_too(whole, method):
+    run(*RUN, "--method", method, "--lr", 1e-4, "--out", method)
+    run_all(2, *RUN, "--method", method, "--lr", 1e-4, "--gradient-checkpointing", 1, "--out", f"{method}-two")
+    assert_same(result(f"{method}-two")[2], result(method)[2])
+
+
+def test_a_killed_process_ends_the_run_and_another_number_continues(whole):
+    expected, _ = whole
+    first, second = start_all(2, *RUN, "--out", "killed")
+    while step_of("killed") < 3:
+        time.sleep(0.01)
+    os.kill(second, signal.SIGKILL)
+    assert wait(second) == -signal.SIGKILL and wait(first) == 1
+    said = Path("output-0").read_text()
+    assert "another process of this run has ended" in said and "Continue with --resume" in said and "Traceback" not in said
+    assert 3 <= step_of("killed") < 12
+    run("--resume", "--out", "killed")
+    assert_same(result("killed")[2], expected[2])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(whole):
+    codes = [wait(pid) for pid in start_all(3, *RUN, "--out", "uneven")]
+    assert codes == [1, 1, 1]
+    assert "--batch-size 4 must be a multiple of the 3 processes; the nearest are 3 and 6" in Path("output-0").read_text()
+
+
+def test_sharding_needs_processes_and_a_frozen_base(whole):
+    assert "torchrun" in run(*RUN, "--shard", 1, "--out", "alone", code=1)
+    codes = [wait(pid) for pid in start_all(2, *RUN, "--shard", 1, "--method", "lora", "--out", "trained")]
+    assert codes == [1, 1] and "--method lora trains it" in Path("output-0").read_text()
+
+
+def test_a_process_keeps_its_part_of_a_sharded_base(whole):
+    def keeps_half():
+        with parallel.processes():
+            base = parallel.sharded(AutoModelForCausalLM.from_pretrained("base"), SimpleNamespace(device="cpu", method="l2d"))
+            weights = [m.weight for m in base.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+            halves = [2 * w.to_local().numel() == w.numel() for w in weights]
+        os._exit(7 if len(halves) == 14 and all(halves) else 1)
+    assert [wait(pid) for pid in start_all(2, then=keeps_half)] == [7, 7]
+
+
+def test_interrupted_by_ctrl_c(whole):
+    """torchrun passes Ctrl-C on, so that a process gets it twice: the run must still be saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *map(str, RUN)]
+    command[command.index("--max-steps") + 1] = "100000"
+    run_of = subprocess.Popen([*command, "--out", "ctrl-c"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    while step_of("ctrl-c") < 2:
+        time.sleep(0.05)
+    os.killpg(run_of.pid, signal.SIGINT)
+    said, _ = run_of.communicate(timeout=60)
+    assert f"stopped after {step_of('ctrl-c')} steps; continue with: python train.py --resume --out ctrl-c" in said
+
+
+# ---- Gradient checkpointing ------------------------------------------------------------------------------------------
+
+def bytes_kept(model, **inputs):
+    """(bytes of activations kept for the backward pass, loss, gradients)."""
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage                       # kept alive, so that no other takes its place
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    loss.backward()
+    return sum(s.nbytes() for s in kept.values()), loss, [p.grad.clone() for p in model.path_parameters().values() if p.grad is not None]
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora", "full"])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(method):
+    tokenizer, found = tiny.make_tokenizer(), []
+    ids = torch.randint(4, len(tokenizer), (4, 40))
+    for on in (False, True):
+        torch.manual_seed(0)
+        base = tiny.make_model(tokenizer, layers=6)
+        if method == "l2d":
+            model = L2D(L2DConfig(dim=16, cond_dim=16, sigma=3.0, lora_rank=4), base).train()
+            model.gradient_checkpointing = on
+            for p in model.path_parameters().values():
+                p.data.add_(0.1 * torch.randn_like(p))
+        else:
+            model = Finetuned(base, method, 4, 4.0, on)
+        found.append(bytes_kept(model, input_ids=ids, labels=ids, num_items_in_batch=1, seeds=torch.arange(4)))
+    (much, loss, gradients), (little, loss_2, gradients_2) = found
+    assert little < much / 3
+    assert torch.equal(loss, loss_2) and all(map(torch.equal, gradients, gradients_2))
