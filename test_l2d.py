@@ -29,6 +29,7 @@ import sample as sample_script
 import train as train_script
 from experiments import naive, tiny
 from experiments.chats import load_data
+from experiments.shapes import SHAPES, model_of
 from experiments.trace import trace
 from l2d import (L2D, TABLEAUS, DiffusionVocabulary, L2DConfig, end_time, intervals, normal, solve_adaptive,
                  solve_fixed, uniform)
@@ -296,25 +297,11 @@ def test_normal_has_the_moments_of_a_normal():
 
 # ---- Parameters: how many, and their first values --------------------------------------------------------------------
 
-def sizes(vocab, hidden, mlp, layers, heads, kv_heads, tied=False):
-    return dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied)
-
-
-LLAMA_1B = LlamaConfig(**sizes(128256, 2048, 8192, 16, 32, 8, tied=True))
-LLAMA_8B = LlamaConfig(**sizes(128256, 4096, 14336, 32, 32, 8))
-QWEN_1B = Qwen2Config(**sizes(151936, 1536, 8960, 28, 12, 2, tied=True))
-QWEN_7B = Qwen2Config(**sizes(152064, 3584, 18944, 28, 28, 4))
-
-
-@pytest.mark.parametrize("base_config, path, count", [
-    (LLAMA_1B, "lora", 73_344_256), (QWEN_1B, "lora", 103_324_928), (LLAMA_8B, "lora", 281_036_032),
-    (QWEN_7B, "lora", 233_008_384), (LLAMA_1B, "full", 992_945_408)],
-    ids=["Llama-3.2-1B", "Qwen2.5-1.5B", "Llama-3.1-8B", "Qwen2.5-7B", "Llama-3.2-1B full"])
-def test_number_of_trained_parameters_is_the_papers(base_config, path, count):
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(base_config)
-    model = L2D(L2DConfig(path=path), base)
+@pytest.mark.parametrize("name, path, count", [
+    ("llama-1b", "lora", 73_344_256), ("qwen-1.5b", "lora", 103_324_928), ("llama-8b", "lora", 281_036_032),
+    ("qwen-7b", "lora", 233_008_384), ("llama-1b", "full", 992_945_408)])
+def test_number_of_trained_parameters_is_the_papers(name, path, count):
+    _, model = model_of(SHAPES[name], path=path)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
     assert sum(p.numel() for p in model.path_parameters().values()) == count
 

@@ -27,18 +27,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments import memory
 from experiments.flops import path_linears, update_flops
 from experiments.naive import naive_logits, naive_loss, naive_token
+from experiments.shapes import SHAPES
 from l2d import IGNORE, L2D, L2DConfig
-
-SHAPES = {name: (kind, dict(zip(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                                 "intermediate_size", "tie_word_embeddings"), sizes))) for name, kind, *sizes in (
-    ("small", LlamaConfig, 32000, 512, 8, 8, 2, 2048, False),
-    ("llama-1b", LlamaConfig, 128256, 2048, 16, 32, 8, 8192, True), ("qwen-1.5b", Qwen2Config, 151936, 1536, 28, 12, 2, 8960, True),
-    ("llama-8b", LlamaConfig, 128256, 4096, 32, 32, 8, 14336, False), ("qwen-7b", Qwen2Config, 152064, 3584, 28, 28, 4, 18944, False))}
 
 
 def parse_args():
@@ -101,10 +97,9 @@ def evaluation_bytes(model, batch, context):
 
 
 def build(args):
-    kind, sizes = SHAPES[args.shape]
     torch.manual_seed(0)
     with torch.device(args.device):
-        base = AutoModelForCausalLM.from_config(kind(**sizes), dtype=args.dtype)
+        base = AutoModelForCausalLM.from_config(SHAPES[args.shape], dtype=args.dtype)
     model = L2D(L2DConfig(class_names=("one", "two")), base).eval()
     with torch.no_grad():                                # in a new path these are zero, and it has no say
         for name, p in model.path_parameters().items():
@@ -275,10 +270,11 @@ class Benchmark:
             optimizer.step()
             optimizer.zero_grad()
         flops = update_flops(model, B * S, B * S // 2)
+        computed = sum(memory.training(model.base, model, B, S, S // 2).values()) / 1e9
         for name, loss in {"l2d": lambda: model(ids, labels=labels).loss, "naive": lambda: naive_loss(model, ids, labels)}.items():
             torch.cuda.reset_peak_memory_stats() if self.cuda else None
             found = statistics.median(seconds({"": lambda: update(loss)}, 3)[""])
-            figures = {"GB": torch.cuda.max_memory_allocated() / 1e9} if self.cuda else {}
+            figures = {"GB": torch.cuda.max_memory_allocated() / 1e9, "computed": computed} if self.cuda else {}
             self.report(f"training, {name}, {B} x {S} tokens", **{"tokens/s": B * S / found, "share of peak": flops / found / self.peak}, **figures)
 
     def run(self):

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: pytest experiments/test_parallel.py
+"""Several processes, and the memory that training takes: pytest experiments/test_training.py
 
 Two CPU processes over gloo train what one process trains. Most of them are forks of this process (see test_faults.py) with
 torchrun's environment; the last test runs torchrun itself."""
@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from experiments import console, parallel, tiny
+from experiments import console, memory, parallel, tiny
 from experiments.finetune import Finetuned
+from experiments.shapes import SHAPES, model_of, shape
 from experiments.test_faults import ROOT, RUN, result, run, start, step_of, wait, whole  # noqa: F401 (whole: a fixture)
 from l2d import L2D, L2DConfig
 
@@ -126,7 +127,7 @@ def test_interrupted_by_ctrl_c(whole):
     assert f"stopped after {step_of('ctrl-c')} steps; continue with: python train.py --resume --out ctrl-c" in said
 
 
-# ---- Gradient checkpointing ------------------------------------------------------------------------------------------
+# ---- Memory ------------------------------------------------------------------------------------------------------------
 
 def bytes_kept(model, **inputs):
     """(bytes of activations kept for the backward pass, loss, gradients)."""
@@ -162,3 +163,31 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(method):
     (much, loss, gradients), (little, loss_2, gradients_2) = found
     assert little < much / 3
     assert torch.equal(loss, loss_2) and all(map(torch.equal, gradients, gradients_2))
+
+
+@pytest.mark.parametrize("kind, hidden, layers, heads, kv_heads, mlp, dim, cond_dim, rank, length", [
+    (LlamaConfig, 256, 3, 4, 2, 768, 32, 64, 8, 128), (LlamaConfig, 256, 4, 8, 2, 512, 64, 32, 4, 256),
+    (Qwen3Config, 128, 2, 4, 4, 512, 16, 16, 4, 512)])
+@pytest.mark.parametrize("on", [False, True])
+def test_the_table_of_memory_counts_what_pytorch_keeps(kind, hidden, layers, heads, kv_heads, mlp, dim, cond_dim, rank, length, on):
+    base = AutoModelForCausalLM.from_config(shape(kind, 500, hidden, layers, heads, kv_heads, mlp, head_dim=hidden // heads),
+                                            dtype=torch.bfloat16)
+    model = L2D(L2DConfig(dim=dim, cond_dim=cond_dim, lora_rank=rank), base).train()
+    model.gradient_checkpointing = on
+    ids = torch.randint(500, (2, length))
+    kept, _, _ = bytes_kept(model, input_ids=ids, labels=ids.masked_fill(torch.arange(length) < length // 2, -100))
+    counted = memory.training(base, model, 2, length, length // 2, on)
+    if on:                                               # before the backward pass: no block is open, none of its weights copied
+        plain = memory.training(base, model, 2, length, length // 2)
+        block = (plain["activations"] - counted["activations"] + length * layers * 14 * hidden) / (layers - 1)
+        outside = sum(p.numel() for name, p in model.path_parameters().items() if "adaLN" in name)
+        expected = counted["activations"] - block + 2 * outside
+    else:
+        expected = counted["activations"] + counted["keys"] + counted["trained"] / 9          # the copies in bfloat16
+    assert kept == pytest.approx(expected, rel=0.1)
+
+
+def test_sizes_are_those_of_the_published_models():
+    sizes = {"smollm2-135m": 134_515_008, "qwen3-0.6b": 596_049_920, "llama-1b": 1_235_814_400, "qwen-1.5b": 1_543_714_304,
+             "mistral-7b": 7_248_023_552, "qwen-7b": 7_615_616_512, "llama-8b": 8_030_261_248}
+    assert {name: model_of(SHAPES[name])[0].num_parameters() for name in sizes} == sizes

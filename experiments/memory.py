@@ -1,0 +1,69 @@
+"""The memory that training takes, from a model's sizes alone.
+
+    python experiments/memory.py                                                the README's table
+    python experiments/memory.py --length 4096 --micro-batch-size 1             other sizes
+
+Counted are the frozen base in bfloat16; 16 bytes per trained parameter (float32 weight, gradient, AdamW's two moments) and 2 for
+its bfloat16 copy; keys and values of all tokens, and what the backward pass needs of every answer token (`activations`); one chunk
+of logits. What the allocator loses is not. test_ecosystem.py checks the activations against those that PyTorch keeps, byte by
+byte, and benchmark.py the whole on a GPU."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from experiments.console import check_numbers, console
+from experiments.shapes import SHAPES, model_of
+
+HALF, FLOAT = 2, 4                                       # bytes
+CHUNK = 1024                                             # positions that `L2D.cross_entropy` takes to logits at a time
+
+
+def activations(lm, config, gradient_checkpointing=False, half=HALF):
+    """Bytes of one answer token that the backward pass needs. lm, config: the base's configuration and the path's."""
+    D, F, C = lm.hidden_size, lm.intermediate_size, config.cond_dim
+    E = getattr(lm, "head_dim", None) or D // lm.num_attention_heads
+    given = half * (6 * D + D)                           # what a block starts from: its modulation and f
+    block = half * (6 * D + 4 * D + 3 * lm.num_attention_heads * E + 4 * F + 5 * config.lora_rank + 3 * C)
+    block += FLOAT * 6 * D                               # x, its normalised self and 1 + scale, of both norms
+    around = FLOAT * (2 * D + 12 * C + config.dim) + half * (2 * D + 2 * C + config.dim + 2 * E)
+    return around + (lm.num_hidden_layers * given + block if gradient_checkpointing else lm.num_hidden_layers * block)
+
+
+def training(base, model, rows, length, answers, gradient_checkpointing=False):
+    """Bytes, by what they are for, at the peak of a micro-batch of `rows` sequences with `answers` answer tokens in each."""
+    lm, trained = base.config, sum(p.numel() for p in model.path_parameters().values())
+    keys = base.model.layers[0].self_attn.k_proj.out_features
+    group = lm.num_attention_heads // lm.num_key_value_heads
+    return {"base": HALF * base.num_parameters(), "trained": (4 * FLOAT + HALF) * trained,
+            "keys": HALF * rows * length * (2 * lm.num_hidden_layers * keys + group * answers),          # and the attention mask
+            "activations": rows * answers * activations(lm, model.config, gradient_checkpointing),
+            "logits": 3 * FLOAT * min(CHUNK, rows * answers) * lm.vocab_size}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence (default: %(default)s)")
+    parser.add_argument("--answers", type=int, help="of them, answers (default: half)")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences (default: %(default)s)")
+    args = parser.parse_args()
+    check_numbers(parser, vars(args) | {"seed": 0}, above_0=("length", "answers", "micro_batch_size"))
+    answers = args.answers or args.length // 2
+    print(f"GB (10^9 bytes) at {args.micro_batch_size} x {args.length:,} tokens, {answers:,} of each answers; c: --gradient-checkpointing 1\n")
+    print("| base | its weights | trained | keys | activations | logits | **in all** | activations, c | **in all, c** |")
+    print("|---|" + 8 * "---:|")
+    for name, config in SHAPES.items():
+        if name not in ("nano", "small"):
+            base, model = model_of(config)
+            plain, less = (training(base, model, args.micro_batch_size, args.length, answers, c) for c in (False, True))
+            cells = [*plain.values(), sum(plain.values()), less["activations"], sum(less.values())]
+            print(f"| {name} | " + " | ".join(f"{cell / 1e9:.1f}" for cell in cells) + " |")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    with console("memory.py"):
+        main()
