@@ -142,5 +142,5 @@ def sharded(base, args):
     mesh = init_device_mesh(torch.device(args.device).type, (world(),))
     for layer in base.model.layers.modules():
         if isinstance(layer, nn.Linear):                 # each by itself: the path calls them one by one
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     return base

@@ -109,6 +109,9 @@ def test_a_process_keeps_its_part_of_a_sharded_base(whole):
     def keeps_half():
         with parallel.processes():
             base = parallel.sharded(AutoModelForCausalLM.from_pretrained("base"), SimpleNamespace(device="cpu", method="l2d"))
+            model = L2D(L2DConfig(dim=8, cond_dim=8, lora_rank=2), base).train()
+            ids = torch.arange(20)[None]
+            model(ids, labels=ids).loss.backward()       # whole layers are there only while they are used
             weights = [m.weight for m in base.model.layers.modules() if isinstance(m, torch.nn.Linear)]
             halves = [2 * w.to_local().numel() == w.numel() for w in weights]
         os._exit(7 if len(halves) == 14 and all(halves) else 1)
