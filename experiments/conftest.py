@@ -4,7 +4,7 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LONGER = [f"test_{name}.py" for name in ("bad_input", "evidence", "faults", "harness", "numerics", "properties")]
+LONGER = [f"test_{name}.py" for name in ("bad_input", "ecosystem", "evidence", "faults", "harness", "numerics", "properties")]
 
 
 def pytest_ignore_collect(collection_path, config):
