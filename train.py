@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from experiments.card import card
 from experiments.chats import load_data, permutation
 from experiments.console import (check_numbers, check_out, console, load, load_base, load_options, load_tensors, load_tokenizer,
                                  pick_device, read_log, save_tensors, write_text)
@@ -273,7 +274,7 @@ def train(args):
             print(json.dumps(line), file=log)
             if held_out and (step % args.eval_every == 0 or step == args.max_steps):
                 result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
-                print(json.dumps({"step": step} | result), file=log)
+                print(json.dumps({"step": step, "examples": len(held_out)} | result), file=log)
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
             if step % args.save_every == 0 and step < args.max_steps:
                 save_checkpoint(step, model, optimizer, args)
@@ -283,6 +284,7 @@ def train(args):
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
         sys.exit(130)
     model.save_pretrained(out)
+    write_text(out / "README.md", card(out))             # a model card, for the hub
     print(f"saved in {out}/; now: python {'sample.py --steps 127 --out' if args.method == 'l2d' else 'train.py --model'} {out}")
 
 

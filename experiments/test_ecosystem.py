@@ -8,6 +8,8 @@ import json
 import os
 import re
 import runpy
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer, TextStreamer, pipeline
@@ -28,7 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import chats, tiny
+import train
+from experiments import card, chats, tiny
 from experiments.console import console, load_model
 from l2d import L2D
 
@@ -272,3 +275,153 @@ def test_ctrl_c_in_mid_answer_keeps_what_is_there(here, monkeypatch, capsys):
     text, cost_too, end = capsys.readouterr().out.splitlines()[1:]
     assert text == whole and len(text) > 2 and end == "stopped"
     assert ", 5 tokens, " in cost and cost_too.split(" tokens,")[0] == cost.split(" tokens,")[0]
+
+
+# ---- The model card --------------------------------------------------------------------------------------------------
+
+def block(text, language):
+    """The first code block of a language in a Markdown text."""
+    return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL).group(1)
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora", "full"])
+def test_training_writes_a_card_whose_code_runs(here, method, capsys):
+    text = Path(method, "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert text == card.card(method) and data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert "base_model" not in data and "datasets" not in data and str(here) not in text
+    assert (method == "l2d") == ("diffusion" in data["tags"]) and ("lora" in data["tags"]) == (method != "full")
+    log = [json.loads(line) for line in Path(method, "log.jsonl").read_text().splitlines()]
+    for row in ("updates | 2 of 2", f"first and the last batch | {log[0]['loss']:.3f}, {log[1]['loss']:.3f}", "held-out examples | 5",
+                f"accuracy, T = 1 | {log[2]['accuracy_T1']:.1%}"):
+        assert row in text
+    if method == "l2d":
+        assert f"accuracy, T = 15 | {log[2]['accuracy_T15']:.1%}" in text
+        count = sum(p.numel() for p in L2D.from_pretrained(method).path_parameters().values())
+        assert f"trained parameters | {count:,} |" in text and "class names | fact, math, string" in text
+    torch.manual_seed(0)
+    exec(block(text, "python").replace("256", "4"), {})
+    assert run("experiments/card.py", method) == 0 and capsys.readouterr().out.endswith(text)
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora"])
+def test_the_cards_command_is_that_of_the_run(here, monkeypatch, method):
+    monkeypatch.setattr(sys, "argv", shlex.split(block(card.card(method), "sh"))[1:])
+    again, args = vars(train.parse_args()), json.loads(Path(method, "args.json").read_text())
+    assert again | {"out": method, "device": "cpu"} == args
+
+
+def make_run(folder, steps=0, **args):
+    """A folder as an interrupted run leaves it."""
+    folder.mkdir()
+    options = {name: row[0] for group in train.OPTIONS.values() for name, row in group.items()}
+    (folder / "args.json").write_text(json.dumps(options | {"model": "some/base", "max_steps": 9, "out": str(folder)} | args))
+    lines = [{"step": k + 1, "loss": 5.0 - k, "tokens": 1000, "answers": 10} for k in range(steps)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_card_of_an_interrupted_run_and_of_a_bare_path(here, tmp_path, model):
+    for steps in (0, 2):
+        text = card.card(make_run(tmp_path / f"run-{steps}", steps, data="some/data:part"))
+        data = ModelCard(text).data.to_dict()
+        assert (data["base_model"], data["datasets"], data["tags"]) == ("some/base", ["some/data"], ["l2d", "diffusion", "lora"])
+        assert "This run was interrupted" in text and "Nothing was measured" in text
+        assert ("updates | 2 of 9" in text and "tokens | 2,000, of answers 20" in text) == (steps == 2)
+        assert block(text, "sh") == "python train.py --model some/base --data some/data:part --max-steps 9\n"
+    model.save_pretrained(tmp_path / "bare")             # from a notebook, say
+    text = card.card(tmp_path / "bare")
+    assert "sigma | 64.0" in text and "updates" not in text and "```sh" not in text
+    assert ModelCard(card.card(make_run(tmp_path / "paper", data="smoltalk"))).data.datasets == ["HuggingFaceTB/smoltalk"]
+
+
+def test_the_cards_command_of_the_tiny_default():
+    options = {name: row[1] for group in train.OPTIONS.values() for name, row in group.items()}
+    tiny_run = options | {"model": "out/tiny-base-1", "data": "out/tiny-base-1/train.jsonl", "seed": 1}
+    assert card.command(tiny_run) == "python train.py --seed 1"
+    assert card.command(tiny_run | {"seed": 0, "model": "out/tiny-base"}) == "python train.py --data train.jsonl"
+
+
+class Hub:
+    """HfApi's part that --push uses."""
+    commits, public, error = [], (), None
+
+    def create_repo(self, name, private, exist_ok):
+        if self.error:
+            raise self.error
+        self.private = private and name not in self.public
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=self.private)
+
+    def create_commit(self, name, operations, commit_message):
+        read = lambda what: what if isinstance(what, bytes) else Path(what).read_bytes()
+        self.commits.append((name, self.private, {o.path_in_repo: read(o.path_or_fileobj) for o in operations}))
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{name}/commit/1")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(card, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "commits", [])
+    return Hub
+
+
+@pytest.fixture
+def path(here, tmp_path):
+    """The folder of a run whose base has a name on the hub, though it was loaded from a folder."""
+    shutil.copytree("l2d", tmp_path / "path")
+    config = json.loads((tmp_path / "path/config.json").read_text())
+    config["text_config"]["_name_or_path"] = str(here / "base")
+    (tmp_path / "path/config.json").write_text(json.dumps(config | {"base_model": "some/base"}))
+    (tmp_path / "path/README.md").unlink()
+    return tmp_path / "path"
+
+
+def test_what_is_pushed(here, hub, path):
+    before = {file.name for file in path.iterdir()}
+    assert {"args.json", "checkpoint.safetensors"} <= before
+    assert card.push(path, "me/mine", private=True).startswith("https://huggingface.co/me/mine")
+    (name, private, files), = hub.commits
+    assert name == "me/mine" and private and files.keys() == before - {"args.json", "checkpoint.safetensors"} | {"README.md"}
+    assert files["model.safetensors"] == (path / "model.safetensors").read_bytes()
+    assert not any(str(here).encode() in content for content in files.values())
+    text = files["README.md"].decode()
+    assert ModelCard(text).data.base_model == "some/base" and 'L2D.from_pretrained("me/mine"' in text
+    for folder in (path, here / "full"):                 # an ordinary checkpoint holds its own base
+        card.push(folder, "me/mine")
+        assert not hub.commits.pop()[1]
+    (path / "README.md").write_text("mine")              # edited by hand
+    card.push(path, "me/mine")
+    assert hub.commits.pop()[2]["README.md"] == b"mine" and (path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder, options, texts", [
+    ("l2d", [], ["the base", "base is a folder on this machine", "base_model into l2d/config.json"]),
+    ("stopped", [], ["stopped holds no model yet", "--resume --out stopped"]),
+    ("base", [], ["base holds no run"]),
+    ("full", ["--private"], ["me/public is there already, and public"])])
+def test_what_is_not_pushed(here, hub, monkeypatch, folder, options, texts):
+    monkeypatch.setattr(hub, "public", ["me/public"])
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)    # run() makes card.py anew
+    if folder == "stopped":
+        make_run(here / "stopped", 1)
+    line = run("experiments/card.py", folder, "--push", "me/public", *options)
+    assert line.startswith("card.py: error: ") and "\n" not in line and all(text in line for text in texts) and not hub.commits
+
+
+def test_a_failing_upload_is_one_line(hub, path, monkeypatch):
+    monkeypatch.setattr(hub, "error", RepositoryNotFoundError("401 Client\nError", response=SimpleNamespace(headers={}, request=None)))
+    with pytest.raises(OSError, match="upload to me/mine failed.*`hf auth login`: 401 Client Error"):
+        card.push(path, "me/mine")
+
+
+def test_the_librarys_own_push_uploads_the_path_alone(model, monkeypatch):
+    pushed = []
+    def create_commit(*args, operations, **kwargs):
+        pushed.extend(operation.path_in_repo for operation in operations)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("---\ntags: []\n---\n"))
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *args, **kwargs: create_commit(*args, **kwargs))
+    model.push_to_hub("me/mine")
+    assert set(pushed) == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
