@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from experiments.card import card

@@ -9,7 +9,7 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from experiments.console import one_line, why
 

@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+import tqdm.auto
 import transformers
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -33,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import train
 from experiments import card, chats, tiny
 from experiments.console import console, load_model
-from l2d import L2D
+from l2d import L2D, L2DConfig
 
 torch.set_num_threads(1)                                 # for models this small, threads only wait for each other
 
@@ -425,3 +426,46 @@ def test_the_librarys_own_push_uploads_the_path_alone(model, monkeypatch):
     monkeypatch.setattr(HfApi, "create_commit", lambda self, *args, **kwargs: create_commit(*args, **kwargs))
     model.push_to_hub("me/mine")
     assert set(pushed) == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+
+
+# ---- Notebooks -------------------------------------------------------------------------------------------------------
+
+def test_importing_l2d_is_silent_and_brings_nothing_of_the_scripts():
+    code = "import l2d, sys; sys.exit(len({'datasets', 'matplotlib', 'lm_eval', 'experiments', 'train'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_bars_are_widgets_in_a_notebook_and_text_elsewhere():
+    for module in (train, chats, tiny):
+        assert module.tqdm is tqdm.auto.tqdm
+
+
+def test_the_readmes_python_works(here, tokenizer):
+    """A notebook cell with the README's lines, on a model of ours under the name that they have."""
+    code = block((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    names = re.findall(r'"(out/[^"]*)"', code)
+    assert names
+    for name in names:
+        Path("out").mkdir(exist_ok=True)
+        config = shutil.copytree("l2d", name) and json.loads(Path("l2d/config.json").read_text())
+        Path(name, "config.json").write_text(json.dumps(config | {"base_model": str(here / "base")}))
+    inputs = encode(tokenizer, PROMPT)
+    cell = {"inputs": inputs | {"max_new_tokens": 4}, "input_ids": inputs["input_ids"]}
+    exec(code, cell)
+    assert cell["model"].config.steps == 15 and type(cell["model"]) is L2D
+
+
+def test_training_and_answering_by_hand(here, tokenizer):
+    """What a notebook does without the scripts: a base, a path, a plain loop, an answer."""
+    model = L2D(L2DConfig(dim=16, cond_dim=16, lora_rank=2, sigma=3.0), AutoModelForCausalLM.from_pretrained("base")).train()
+    optimizer = torch.optim.AdamW(model.path_parameters().values(), lr=1e-2)
+    ids, losses = encode(tokenizer, PROMPT + "36<|end|>")["input_ids"].repeat(8, 1), []
+    for _ in range(20):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    assert model.eval().generate(**encode(tokenizer, PROMPT), max_new_tokens=3, do_sample=True, steps=5).shape[0] == 1
