@@ -10,7 +10,7 @@
 {"messages": [{"role": .., "content": ..}, ..]} or a question and an answer ({"prompt": .., "response": ..}, or the names
 question, instruction / answer, completion, output). Every assistant turn is one example: all before it is context, it alone
 is learnt. The output folder holds the trained path (load it with L2D.from_pretrained), the tokenizer, log.jsonl (a line
-per step) and checkpoint.safetensors, from which --resume continues to the very same result.
+per step), README.md (a model card) and checkpoint.safetensors, from which --resume continues to the very same result.
 """
 
 import argparse

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train
-from experiments import card, chats, tiny
+from experiments import card, chats, harness, tiny
 from experiments.console import console, load_model
 from l2d import L2D, L2DConfig
 
@@ -240,9 +240,10 @@ def test_pipelines_take_folders_and_chats(here, tokenizer):
 
 
 def test_the_harness_asks_all_its_kinds_of_questions(model, tokenizer):
-    from lm_eval.api.instance import Instance            # `harness` skips where lm_eval is missing
-    HFLM = pytest.importorskip("lm_eval.models.huggingface").HFLM
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
+    pytest.importorskip("lm_eval")                       # experiments/requirements.txt
+    lm_eval = harness.import_harness()
+    Instance = lm_eval.api.instance.Instance
+    lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
     ask = lambda kind, *requests: getattr(lm, kind)([Instance(kind, {}, request, i) for i, request in enumerate(requests)])
     torch.manual_seed(0)
     (a, greedy), (b, _) = ask("loglikelihood", (PROMPT, "36"), (PROMPT, "37"))
@@ -469,3 +470,15 @@ def test_training_and_answering_by_hand(here, tokenizer):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
     assert model.eval().generate(**encode(tokenizer, PROMPT), max_new_tokens=3, do_sample=True, steps=5).shape[0] == 1
+
+
+# ---- Packages beyond requirements.txt ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("package, command", [
+    ("matplotlib", ["evaluate.py", "--out", "l2d", "--figure", "a.png"]), ("matplotlib", ["reproduce.py", "--draw"]),
+    ("lm_eval", ["evaluate.py", "--out", "l2d", "--tasks", "gsm8k"]), ("lm_eval", ["harness.py", "--out", "l2d", "--tasks", "gsm8k"])])
+def test_a_missing_package_is_one_line_that_says_what_to_install(here, monkeypatch, capsys, package, command):
+    monkeypatch.setitem(sys.modules, package, None)
+    code = run("experiments/" + command[0], *command[1:])
+    line = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"{command[0]}: error: ") and package in line and line.endswith("pip install -r experiments/requirements.txt")
