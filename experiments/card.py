@@ -77,9 +77,9 @@ def size(files):
 
 
 def hub_data(data):
-    """The hub's name of --data, or None for a file."""
-    data = "HuggingFaceTB/smoltalk" if data == "smoltalk" else data
-    return None if not data or data.endswith((".jsonl", ".json")) else data.split(":")[0]
+    """The hub's name of --data, or None for a file or folder here."""
+    name = "HuggingFaceTB/smoltalk" if data == "smoltalk" else data.split(":")[0]
+    return None if name.endswith((".jsonl", ".json")) or is_local(name) else name
 
 
 def command(args):
@@ -107,7 +107,7 @@ def front_matter(run):
     values = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     if run.base and not is_local(run.base, run.folder):
         values |= {"base_model": run.base, "base_model_relation": "adapter" if run.method == "l2d" else "finetune"}
-    if data := hub_data(run.args.get("data")):
+    if data := hub_data(run.args.get("data", "")):
         values["datasets"] = [data]
     return "\n".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
 

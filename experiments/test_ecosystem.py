@@ -334,6 +334,8 @@ def test_card_of_an_interrupted_run_and_of_a_bare_path(here, tmp_path, model):
     model.save_pretrained(tmp_path / "bare")             # from a notebook, say
     text = card.card(tmp_path / "bare")
     assert "sigma | 64.0" in text and "updates" not in text and "```sh" not in text
+    text = card.card(make_run(tmp_path / "own", model=str(here / "base"), data=str(tmp_path)))
+    assert str(tmp_path) not in text and str(here) not in text and ModelCard(text).data.datasets is None
     assert ModelCard(card.card(make_run(tmp_path / "paper", data="smoltalk"))).data.datasets == ["HuggingFaceTB/smoltalk"]
 
 
