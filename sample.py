@@ -2,7 +2,7 @@
 
     python sample.py --steps 127                          the last trained model, on its own example questions
     python sample.py --prompt "347*6" --trace             one question, and a table of the diffusion of its first token
-    python sample.py --out out/my-run --interactive       a chat; an empty line or Ctrl-D ends it
+    python sample.py --out out/my-run --interactive       a chat; an empty line or Ctrl-D ends it, Ctrl-C also in mid-answer
     python sample.py --guidance 1.5 --label math          with classifier-free guidance, for a model trained with classes
 
 --steps is the number of evaluations of the diffusion path per token, the paper's T; 1 is the base model itself.
@@ -31,6 +31,7 @@ def parse_args():
     parser.add_argument("--out", help="folder or hub name of the trained model (default: the last one in out/)")
     parser.add_argument("--prompt", action="append", type=some_text, help="a question of your own; may be given several times")
     parser.add_argument("--interactive", action="store_true", help="chat")
+    parser.add_argument("--system", type=some_text, metavar="TEXT", help="system prompt, put before every question or the chat")
     parser.add_argument("--steps", type=int, default=15, help="evaluations per token, T (default: %(default)s)")
     parser.add_argument("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own number of steps")
     parser.add_argument("--velocity", choices=VELOCITIES, default="argmax", help="what the path moves towards (default: argmax)")
@@ -62,9 +63,10 @@ class Sampler(LogitsProcessor):
         return scores.float() / self.temperature + gumbel
 
 
-def answer(model, tokenizer, messages, args, number):
-    """Stream the answer to a chat; returns its text and the evaluations of each of its tokens. `number` is the question's own,
-    so that its noise does not depend on which others are asked."""
+def answer(model, tokenizer, messages, args, number, used):
+    """Stream the answer to a chat; returns its text, and adds the evaluations of each of its tokens to `used`. `number` is the
+    question's own, so that its noise does not depend on which others are asked."""
+    messages = ([{"role": "system", "content": args.system}] if args.system else []) + messages
     inputs = tokenizer(render(tokenizer, messages), return_tensors="pt", add_special_tokens=False).to(model.device)
     seeds = torch.tensor([args.seed * 1_000_003 + number], device=model.device)
     classes = torch.tensor([args.class_id], device=model.device) if args.class_id is not None else None
@@ -74,11 +76,17 @@ def answer(model, tokenizer, messages, args, number):
     if args.trace:
         print_trace(trace(model, inputs["input_ids"], class_ids=classes, seeds=seeds), tokenizer)
     sampler = Sampler(model, args.temperature, seeds)
-    ids = model.generate(**inputs, seeds=seeds, class_ids=classes, do_sample=False, logits_processor=[sampler],
-                         max_new_tokens=min(args.max_new_tokens, context - length), pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-                         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-    return text, torch.cat(sampler.evaluations).tolist()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    try:
+        ids = model.generate(**inputs, seeds=seeds, class_ids=classes, do_sample=False, logits_processor=[sampler],
+                             max_new_tokens=min(args.max_new_tokens, context - length), streamer=streamer,
+                             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    except KeyboardInterrupt:
+        streamer.end()                                   # it holds back the last word
+        raise
+    finally:
+        used += [count.item() for count in sampler.evaluations]
+    return tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 
 
 def example_questions(model):
@@ -105,15 +113,13 @@ def load(args):
     return model.to(device), load_tokenizer(folder)
 
 
-def chat(model, tokenizer, args):
-    """Read questions from the terminal until an empty line. Returns the evaluations of all tokens."""
-    messages, used = [], []
+def chat(model, tokenizer, args, used):
+    """Read questions from the terminal until an empty line; adds the evaluations of all tokens to `used`."""
+    messages = []
     while question := input("> ").strip():
         messages.append({"role": "user", "content": question})
-        text, evaluations = answer(model, tokenizer, messages, args, len(messages))
+        text = answer(model, tokenizer, messages, args, len(messages), used)
         messages.append({"role": "assistant", "content": text})
-        used += evaluations
-    return used
 
 
 def main():
@@ -122,19 +128,20 @@ def main():
     used, start = [], time.perf_counter()
     try:
         if args.interactive:
-            used += chat(model, tokenizer, args)
+            chat(model, tokenizer, args, used)
         else:
             questions = [(p, None, None) for p in args.prompt] if args.prompt else example_questions(model)
             for number, (question, label, right) in enumerate(questions):
                 print(f"> {question}" + (f"    (right: {right})" if right else ""))
-                used += answer(model, tokenizer, [{"role": "user", "content": question}], args, number)[1]
-    except (KeyboardInterrupt, EOFError):
+                answer(model, tokenizer, [{"role": "user", "content": question}], args, number, used)
+    except EOFError:
         print()
-    seconds = time.perf_counter() - start
-    if used:
-        solver = args.solver if TABLEAUS[args.solver].error else f"T = {args.steps}, {args.solver}"
-        print(f"{solver}: {sum(used) / len(used):.1f} evaluations per token ({min(used)} to {max(used)}), "
-              f"{len(used)} tokens, {len(used) / seconds:.1f} tokens/s on {model.device.type}")
+    finally:                                             # after Ctrl-C too, which then ends the script with exit code 130
+        seconds = time.perf_counter() - start
+        if used:
+            solver = args.solver if TABLEAUS[args.solver].error else f"T = {args.steps}, {args.solver}"
+            print(f"{solver}: {sum(used) / len(used):.1f} evaluations per token ({min(used)} to {max(used)}), "
+                  f"{len(used)} tokens, {len(used) / seconds:.1f} tokens/s on {model.device.type}")
 
 
 if __name__ == "__main__":

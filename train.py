@@ -11,7 +11,7 @@
 {"messages": [{"role": .., "content": ..}, ..]} or a question and an answer ({"prompt": .., "response": ..}, or the names
 question, instruction / answer, completion, output). Every assistant turn is one example: all before it is context, it alone
 is learnt. The output folder holds the trained path (load it with L2D.from_pretrained), the tokenizer, log.jsonl (a line
-per step) and checkpoint.safetensors, from which --resume continues to the very same result.
+per step), README.md (a model card) and checkpoint.safetensors, from which --resume continues to the very same result.
 """
 
 import argparse
@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoConfig
 
+from experiments.card import card
 from experiments.chats import load_data, permutation
 from experiments.console import (check_numbers, check_out, console, load, load_base, load_options, load_tensors, load_tokenizer,
                                  read_log, save_tensors, write_text)
@@ -276,7 +277,7 @@ def train(args):
             print(json.dumps(line), file=log)
             if len(held_out) >= world() and (step % args.eval_every == 0 or step == args.max_steps):
                 result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
-                print(json.dumps({"step": step} | result), file=log)
+                print(json.dumps({"step": step, "examples": len(held_out)} | result), file=log)
                 bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
             if step % args.save_every == 0 and step < args.max_steps:
                 from_first(lambda: save_checkpoint(step, model, optimizer, args))
@@ -286,6 +287,7 @@ def train(args):
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
         sys.exit(130)
     from_first(lambda: model.save_pretrained(out))
+    from_first(lambda: write_text(out / "README.md", card(out)))     # a model card, for the hub
     print(f"saved in {out}/; now: python {'sample.py --steps 127 --out' if args.method == 'l2d' else 'train.py --model'} {out}")
 
 

@@ -9,9 +9,9 @@ from collections import Counter
 from functools import lru_cache
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from experiments.console import one_line
+from experiments.console import one_line, why
 from experiments.parallel import rank
 
 SMOLTALK = {"self-oss-instruct": "coding", "metamathqa-50k": "math", "numina-cot-100k": "math", "openhermes-100k": "general",
@@ -29,9 +29,8 @@ def read_rows(data):
     if not data.endswith((".jsonl", ".json")):
         if os.path.isfile(data):
             raise ValueError(f"{data} must be a .jsonl file, with a JSON object in every line")
-        from datasets import load_dataset
         name, subset, split = (data.split(":") + ["", ""])[:3]
-        return load_dataset(name, subset or None, split=split or "train"), None
+        return load_hub(name, subset or None, split or "train"), None
     rows = []
     with open(data, encoding="utf-8", errors="replace") as file:
         for line in filter(str.strip, file):
@@ -42,10 +41,18 @@ def read_rows(data):
     return rows, None
 
 
+def load_hub(name, subset, split):
+    """The rows of a data set on the hub. OSError: names it and says why it cannot be loaded."""
+    from datasets import load_dataset
+    try:
+        return load_dataset(name, subset, split=split)
+    except Exception as error:                           # the library has a dozen kinds, not all of them OSErrors
+        raise OSError(f"the data set {name} cannot be loaded: {why(error)}") from None
+
+
 def smoltalk(subset, split):
     """One of the paper's subsets (B.1), each row with its class in the column `label`."""
-    from datasets import load_dataset
-    rows = load_dataset("HuggingFaceTB/smoltalk", subset, split=split)
+    rows = load_hub("HuggingFaceTB/smoltalk", subset, split)
     if SMOLTALK[subset] is None:
         rows = rows.filter(lambda row: row["category"] in MAGPIE)
     rows = rows.map(lambda row: {"label": SMOLTALK[subset] or MAGPIE[row["category"]]})

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LONGER = [f"test_{name}.py" for name in ("bad_input", "evidence", "faults", "harness", "numerics", "properties", "training")]
+LONGER = [f"test_{name}.py" for name in ("bad_input", "ecosystem", "evidence", "faults", "harness", "numerics", "properties", "training")]
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -9,20 +9,28 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from l2d import L2D
+from l2d import L2D, L2DConfig
 
 
 @contextmanager
 def console(script):
     """Run a script: the libraries are quiet, what goes wrong ends it with one line and exit code 1, Ctrl-C with 130."""
+    downloads = not are_progress_bars_disabled()
     logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()        # its twelve lines on an unreachable hub, too
     logging.disable_progress_bar()
+    if downloads:                                        # a bar for loading is noise, one for downloading gigabytes is not
+        enable_progress_bars()
     try:
         yield
     except KeyboardInterrupt:
@@ -39,6 +47,22 @@ def one_line(error, most=1000):
     return text if len(text) <= most else text[:most - 4] + " ..."
 
 
+def why(error):
+    """What went wrong at the hub and what to do about it, or just the error's text: one line."""
+    causes = [error]
+    while causes[-1].__cause__:
+        causes.append(causes[-1].__cause__)
+    among = lambda *kinds: any(isinstance(cause, kinds) for cause in causes)
+    if among(GatedRepoError):
+        return f"it is gated: accept the terms on its page at huggingface.co, then log in with `hf auth login` ({one_line(error, 400)})"
+    if among(RepositoryNotFoundError):
+        return f"there is no such name on the hub, or it is private: check the name, or log in with `hf auth login` ({one_line(error, 400)})"
+    if among(LocalEntryNotFoundError, ConnectionError):
+        missing = "HF_HUB_OFFLINE is set: unset it" if constants.HF_HUB_OFFLINE else "the hub cannot be reached: check the connection"
+        return f"it is not in the cache and {missing}, run this once while online, or give a local copy"
+    return one_line(error, 400)
+
+
 def load(kind, name, **kwargs):
     """kind.from_pretrained(name), for a base's model, configuration or tokenizer. OSError: names it and says why it cannot be
     loaded. One that brings code of its own is refused (the library would ask whether to run it)."""
@@ -46,8 +70,7 @@ def load(kind, name, **kwargs):
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:                           # of any kind: half a file, a gated model, no network, a missing library
         what = {"AutoTokenizer": "tokenizer", "AutoConfig": "configuration"}.get(kind.__name__, "model")
-        raise OSError(f"no {what} can be loaded from {name}; give a causal LM's folder, or its hub name if you have access to it: "
-                      + one_line(error, 400)) from None
+        raise OSError(f"no {what} can be loaded from {name}; give a causal LM's folder or hub name: {why(error)}") from None
 
 
 def load_base(name, **kwargs):
@@ -62,10 +85,13 @@ def load_base(name, **kwargs):
 
 def load_model(folder, **settings):
     """A trained path with its base. OSError: one of the two is not there; ValueError: see `L2D.from_pretrained`."""
+    config = None
     try:
-        return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
-    except OSError as error:
-        raise OSError(f"no trained path can be loaded from {folder}: {one_line(error, 400)}") from None
+        config = L2DConfig.from_pretrained(folder)
+        return L2D.from_pretrained(folder, config=config, trust_remote_code=False, **settings)
+    except OSError as error:                             # once the configuration is there, it is nearly always the base's
+        onto = f", on its base {config.base_model}" if config else ""
+        raise OSError(f"no trained path can be loaded from {folder}{onto}: {why(error)}") from None
     except SafetensorError as error:
         raise ValueError(f"{folder}/model.safetensors is damaged ({one_line(error)}); save or fetch it again") from None
 

@@ -326,6 +326,10 @@ def main():
     if args.list:
         print("\n\n".join("\n".join("python " + command for command in chain) for chain in chains()))
         return
+    try:
+        import matplotlib  # noqa: F401                  # asked before the hours that it would come after
+    except ImportError:
+        parser.error("the figures need matplotlib: pip install -r experiments/requirements.txt")
     FIGURES.mkdir(exist_ok=True)
     if not args.draw:
         run_all(args.workers)

@@ -368,6 +368,8 @@ SCRIPTS = {                                              # name: (what is spoilt
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts(name, here, monkeypatch, capsys):
     spoil, (script, *args), expected, texts = SCRIPTS[name]
+    if "--figure" in args:
+        pytest.importorskip("matplotlib")                # experiments/requirements.txt
     spoil()
     before = contents(here)
     code, lines = call(script, args, monkeypatch, capsys)

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.special
 import torch
+
+pytest.importorskip("scipy")                           # experiments/requirements.txt
+
+import scipy.special
 from scipy.integrate import RK23, solve_ivp
 from scipy.integrate._ivp.rk import rk_step
 

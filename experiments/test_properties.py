@@ -14,6 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")                      # experiments/requirements.txt
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache

@@ -1,0 +1,486 @@
+"""What users of transformers expect to just work: the hub, generation, notebooks: pytest experiments/test_ecosystem.py
+
+No network: the hub is a cache folder filled by hand, errors that its libraries raise, and a fake of its upload interface.
+"""
+
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import tqdm.auto
+import transformers
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer, TextStreamer, pipeline
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train
+from experiments import card, chats, harness, tiny
+from experiments.console import console, load_model
+from l2d import L2D, L2DConfig
+
+torch.set_num_threads(1)                                 # for models this small, threads only wait for each other
+
+TRAIN = ["train.py", "--model", "base", "--data", "chats.jsonl", "--max-steps", "2", "--batch-size", "4", "--validation", "5",
+         "--dim", "8", "--cond-dim", "8", "--lora-rank", "2", "--label-column", "label", "--device", "cpu", "--lr", "0.01"]
+
+
+def run(script, *args):
+    """Run a script in this process, in the current folder: its exit code, or the one line that is its error."""
+    argv, handler = sys.argv, signal.getsignal(signal.SIGINT)
+    sys.argv = [script, *map(str, args)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGINT, handler)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with an untaught base, questions and a run of every method."""
+    folder = tmp_path_factory.mktemp("ecosystem")
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(0)
+    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
+    for p in base.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.questions(60, seed=0)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for method in ("l2d", "lora", "full"):
+            assert run(*TRAIN, "--method", method, "--out", method) == 0
+    return folder
+
+
+@pytest.fixture
+def here(world, monkeypatch):
+    monkeypatch.chdir(world)
+    return world
+
+
+# ---- The hub ---------------------------------------------------------------------------------------------------------
+
+def refuse(kind):
+    """A download that the hub answers with an error of a kind."""
+    def download(name, *args, **kwargs):
+        answer = SimpleNamespace(headers={}, request=None)
+        raise kind(f"401 Client Error for {name}") if kind is LocalEntryNotFoundError else kind(f"401 for {name}", response=answer)
+    return download
+
+
+REFUSALS = {"gated": (GatedRepoError, ["it is gated: accept the terms", "huggingface.co", "`hf auth login`"]),
+            "unknown": (RepositoryNotFoundError, ["no such name", "check the name", "`hf auth login`"]),
+            "unreachable": (LocalEntryNotFoundError, ["cannot be reached", "check the connection", "local copy"])}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+@pytest.mark.parametrize("command", [[*TRAIN, "--model", "some/model"], ["sample.py", "--out", "some/path", "--prompt", "1*1"]])
+def test_what_the_hub_refuses_is_one_line_with_a_remedy(here, monkeypatch, kind, command):
+    error, texts = REFUSALS[kind]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(transformers.utils.hub, name, refuse(error))
+    line = run(*command, *(["--out", "new"] if command[0] == "train.py" else []))
+    assert "\n" not in line and all(text in line for text in ["error: no ", " can be loaded from some/", *texts]), line
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("command", [[*TRAIN, "--model", "some/model"], [*TRAIN, "--data", "some/data"],
+                                     ["sample.py", "--out", "some/path", "--prompt", "1*1"]])
+def test_offline_mode_is_named(here, command):
+    line = run(*command, *(["--out", "new"] if command[0] == "train.py" else []))
+    assert "\n" not in line and "loaded" in line and "some/" in line and "HF_HUB_OFFLINE is set: unset it" in line, line
+
+
+def test_a_path_whose_base_is_gated_names_the_base(here, tmp_path, monkeypatch):
+    model = L2D.from_pretrained("l2d")
+    model.config.base_model = "meta/gated"
+    model.save_pretrained(tmp_path)
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(transformers.utils.hub, name, refuse(GatedRepoError))
+    with pytest.raises(OSError, match="on its base meta/gated: it is gated"):
+        load_model(tmp_path)
+
+
+def test_errors_of_a_data_set_are_one_line(monkeypatch):
+    import datasets
+    def fail(*args, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred\nwhile generating")      # an Exception, no OSError
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(OSError, match="the data set some/data cannot be loaded: An error occurred while generating"):
+        chats.read_rows("some/data")
+
+
+def test_scripts_show_downloads_and_nothing_else_of_the_libraries():
+    with console("train.py"):
+        assert not are_progress_bars_disabled() and not transformers.logging.is_progress_bar_enabled()
+
+
+def fill_cache(cache, name, folder):
+    """What downloading the model `name` leaves behind."""
+    commit = "0" * 40
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    (place / "snapshots").mkdir()
+    os.symlink(folder.resolve(), place / "snapshots" / commit)
+
+
+def test_hub_names_load_from_the_cache_without_a_network(here, tmp_path, monkeypatch):
+    model = L2D.from_pretrained("l2d")
+    model.config.base_model = "some/base"
+    model.save_pretrained(tmp_path / "path")
+    fill_cache(tmp_path / "cache", "some/base", here / "base")
+    fill_cache(tmp_path / "cache", "some/path", tmp_path / "path")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    loaded = L2D.from_pretrained("some/path", steps=7)
+    ids = torch.tensor([[2, 5, 6, 3]])
+    seeds = torch.tensor([1])
+    assert loaded.config.steps == 7 and loaded.config.base_model == "some/base"
+    assert torch.equal(loaded(ids, seeds=seeds, steps=3).logits, model(ids, seeds=seeds, steps=3).logits)
+
+
+# ---- Generation ------------------------------------------------------------------------------------------------------
+
+PROMPT = "<|user|>12*3<|end|><|assistant|>"
+SEEDS = torch.tensor([5])
+
+
+@pytest.fixture(scope="session")
+def model(world):
+    return L2D.from_pretrained(world / "l2d", steps=3)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(world):
+    return AutoTokenizer.from_pretrained(world / "l2d")
+
+
+def encode(tokenizer, *texts):
+    return tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+
+
+def write(model, tokenizer, **options):
+    """The greedy answer to PROMPT as text."""
+    inputs = encode(tokenizer, PROMPT)
+    ids = model.generate(**inputs, **dict(seeds=SEEDS, do_sample=False, max_new_tokens=8) | options)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:])
+
+
+def test_text_streams_to_the_terminal_and_to_an_iterator(model, tokenizer, capsys):
+    whole = write(model, tokenizer)
+    write(model, tokenizer, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert len(whole) > 3 and capsys.readouterr().out == whole + "\n"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=write, args=(model, tokenizer), kwargs=dict(streamer=streamer))
+    thread.start()
+    assert "".join(streamer) == whole
+    thread.join()
+
+
+def test_several_answers_to_a_prompt_differ(model, tokenizer, monkeypatch):
+    """Each copy has noise of its own, or all share their prompt's seed; sampling tells them apart in either case."""
+    seen, read, inputs = [], L2D.read, encode(tokenizer, PROMPT, "<|user|>@abc<|end|><|assistant|>")
+    def spied(self, *args, **kwargs):
+        context = read(self, *args, **kwargs)
+        seen.append(context.seeds.tolist())
+        return context
+    monkeypatch.setattr(L2D, "read", spied)
+    for seeds, distinct in ((None, 6), (torch.tensor([5, 6]), 2)):
+        seen.clear()
+        ids = model.generate(**inputs, seeds=seeds, do_sample=True, num_return_sequences=3, max_new_tokens=8)
+        assert len(ids) == 6 and len(ids.unique(dim=0)) == 6 and len(set(seen[0])) == distinct
+    assert seen[0] == [5, 5, 5, 6, 6, 6]
+
+
+def test_a_padded_batch_of_texts_is_answered_as_each_alone(model, tokenizer):
+    texts = [PROMPT, "<|user|>123*45<|end|><|assistant|>"]
+    inputs = encode(tokenizer, *texts)
+    together = model.generate(**inputs, seeds=torch.tensor([5, 6]), do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
+    for text, seed, ids in zip(texts, (5, 6), together):
+        alone = encode(tokenizer, text)
+        assert torch.equal(model.generate(**alone, seeds=torch.tensor([seed]), do_sample=False, max_new_tokens=6)[0, -6:], ids)
+
+
+def test_pipelines_take_folders_and_chats(here, tokenizer):
+    pipe = pipeline("text-generation", model="l2d", device="cpu")            # by name: importing l2d has registered it
+    system, question = {"role": "system", "content": "be brief"}, {"role": "user", "content": "12*3"}
+    options = dict(max_new_tokens=6, do_sample=False, return_full_text=False, seeds=SEEDS)
+    assert type(pipe.model) is L2D and type(AutoModelForCausalLM.from_pretrained("l2d")) is L2D
+    text = tokenizer.apply_chat_template([system, question], tokenize=False, add_generation_prompt=True)
+    short = pipe([system, question], **options)[0]["generated_text"]
+    assert short == pipe(text, **options)[0]["generated_text"] != ""
+    whole = pipe([system, question], **options | {"return_full_text": True})[0]["generated_text"]
+    assert whole == [system, question, {"role": "assistant", "content": short}]
+    several = pipe([[question], [{"role": "user", "content": "123*456"}]], batch_size=2, max_new_tokens=3, num_return_sequences=2, do_sample=True)
+    assert [len(answers) for answers in several] == [2, 2]
+
+
+def test_the_harness_asks_all_its_kinds_of_questions(model, tokenizer):
+    pytest.importorskip("lm_eval")                       # experiments/requirements.txt
+    lm_eval = harness.import_harness()
+    Instance = lm_eval.api.instance.Instance
+    lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
+    ask = lambda kind, *requests: getattr(lm, kind)([Instance(kind, {}, request, i) for i, request in enumerate(requests)])
+    torch.manual_seed(0)
+    (a, greedy), (b, _) = ask("loglikelihood", (PROMPT, "36"), (PROMPT, "37"))
+    assert a < 0 and b < 0 and a != b and isinstance(greedy, bool)
+    assert all(value < 0 for value in ask("loglikelihood_rolling", ("12*3",), ("a long text of letters",)))
+    answers = ask("generate_until", (PROMPT, {"until": ["<|end|>"], "max_gen_toks": 5}), ("@abc", {"until": ["1"], "max_gen_toks": 5}))
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers) and "1" not in answers[1]
+
+
+def test_a_chat_with_a_system_prompt(here, monkeypatch, capsys):
+    """--interactive reads questions until the input ends, and every prompt begins with the system's."""
+    prompts, call = [], type(AutoTokenizer.from_pretrained("l2d")).__call__
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", lambda self, text, **kwargs: prompts.append(text) or call(self, text, **kwargs))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1*2\n@abc\n"))
+    assert run("sample.py", "--out", "l2d", "--interactive", "--system", "be brief", "--steps", "3", "--max-new-tokens", "4") == 0
+    first = "<|system|>be brief<|end|><|user|>1*2<|end|><|assistant|>"
+    assert prompts[0] == first and prompts[1].startswith(first) and prompts[1].endswith("<|user|>@abc<|end|><|assistant|>")
+    assert re.search(r"T = 3, midpoint: 3.0 evaluations per token \(3 to 3\), \d tokens", capsys.readouterr().out)
+
+
+def test_ctrl_c_in_mid_answer_keeps_what_is_there(here, monkeypatch, capsys):
+    """The words held back, what they cost, and exit code 130."""
+    command, calls, diffuse = ["sample.py", "--out", "l2d", "--prompt", "12*3", "--steps", "3", "--temperature", "0"], [], L2D.diffuse
+    assert run(*command, "--max-new-tokens", "5") == 0
+    whole, cost = capsys.readouterr().out.splitlines()[1:]
+    def interrupted(*args, **kwargs):
+        calls.append(signal.raise_signal(signal.SIGINT) if len(calls) == 5 else None)
+        return diffuse(*args, **kwargs)
+    monkeypatch.setattr(L2D, "diffuse", interrupted)
+    assert run(*command) == 130
+    text, cost_too, end = capsys.readouterr().out.splitlines()[1:]
+    assert text == whole and len(text) > 2 and end == "stopped"
+    assert ", 5 tokens, " in cost and cost_too.split(" tokens,")[0] == cost.split(" tokens,")[0]
+
+
+# ---- The model card --------------------------------------------------------------------------------------------------
+
+def block(text, language):
+    """The first code block of a language in a Markdown text."""
+    return re.search(rf"```{language}\n(.*?)```", text, re.DOTALL).group(1)
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora", "full"])
+def test_training_writes_a_card_whose_code_runs(here, method, capsys):
+    text = Path(method, "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert text == card.card(method) and data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
+    assert "base_model" not in data and "datasets" not in data and str(here) not in text
+    assert (method == "l2d") == ("diffusion" in data["tags"]) and ("lora" in data["tags"]) == (method != "full")
+    log = [json.loads(line) for line in Path(method, "log.jsonl").read_text().splitlines()]
+    for row in ("updates | 2 of 2", f"first and the last batch | {log[0]['loss']:.3f}, {log[1]['loss']:.3f}", "held-out examples | 5",
+                f"accuracy, T = 1 | {log[2]['accuracy_T1']:.1%}"):
+        assert row in text
+    if method == "l2d":
+        assert f"accuracy, T = 15 | {log[2]['accuracy_T15']:.1%}" in text
+        count = sum(p.numel() for p in L2D.from_pretrained(method).path_parameters().values())
+        assert f"trained parameters | {count:,} |" in text and "class names | fact, math, string" in text
+    torch.manual_seed(0)
+    exec(block(text, "python").replace("256", "4"), {})
+    assert run("experiments/card.py", method) == 0 and capsys.readouterr().out.endswith(text)
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora"])
+def test_the_cards_command_is_that_of_the_run(here, monkeypatch, method):
+    monkeypatch.setattr(sys, "argv", shlex.split(block(card.card(method), "sh"))[1:])
+    again, args = vars(train.parse_args()), json.loads(Path(method, "args.json").read_text())
+    assert again | {"out": method, "device": "cpu"} == args
+
+
+def make_run(folder, steps=0, **args):
+    """A folder as an interrupted run leaves it."""
+    folder.mkdir()
+    options = {name: row[0] for group in train.OPTIONS.values() for name, row in group.items()}
+    (folder / "args.json").write_text(json.dumps(options | {"model": "some/base", "max_steps": 9, "out": str(folder)} | args))
+    lines = [{"step": k + 1, "loss": 5.0 - k, "tokens": 1000, "answers": 10} for k in range(steps)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_card_of_an_interrupted_run_and_of_a_bare_path(here, tmp_path, model):
+    for steps in (0, 2):
+        text = card.card(make_run(tmp_path / f"run-{steps}", steps, data="some/data:part"))
+        data = ModelCard(text).data.to_dict()
+        assert (data["base_model"], data["datasets"], data["tags"]) == ("some/base", ["some/data"], ["l2d", "diffusion", "lora"])
+        assert "This run was interrupted" in text and "Nothing was measured" in text
+        assert ("updates | 2 of 9" in text and "tokens | 2,000, of answers 20" in text) == (steps == 2)
+        assert block(text, "sh") == "python train.py --model some/base --data some/data:part --max-steps 9\n"
+    model.save_pretrained(tmp_path / "bare")             # from a notebook, say
+    text = card.card(tmp_path / "bare")
+    assert "sigma | 64.0" in text and "updates" not in text and "```sh" not in text
+    text = card.card(make_run(tmp_path / "own", model=str(here / "base"), data=str(tmp_path)))
+    assert str(tmp_path) not in text and str(here) not in text and ModelCard(text).data.datasets is None
+    assert ModelCard(card.card(make_run(tmp_path / "paper", data="smoltalk"))).data.datasets == ["HuggingFaceTB/smoltalk"]
+
+
+def test_the_cards_command_of_the_tiny_default():
+    options = {name: row[1] for group in train.OPTIONS.values() for name, row in group.items()}
+    tiny_run = options | {"model": "out/tiny-base-1", "data": "out/tiny-base-1/train.jsonl", "seed": 1}
+    assert card.command(tiny_run) == "python train.py --seed 1"
+    assert card.command(tiny_run | {"seed": 0, "model": "out/tiny-base"}) == "python train.py --data train.jsonl"
+
+
+class Hub:
+    """HfApi's part that --push uses."""
+    commits, public, error = [], (), None
+
+    def create_repo(self, name, private, exist_ok):
+        if self.error:
+            raise self.error
+        self.private = private and name not in self.public
+
+    def repo_info(self, name):
+        return SimpleNamespace(private=self.private)
+
+    def create_commit(self, name, operations, commit_message):
+        read = lambda what: what if isinstance(what, bytes) else Path(what).read_bytes()
+        self.commits.append((name, self.private, {o.path_in_repo: read(o.path_or_fileobj) for o in operations}))
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{name}/commit/1")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(card, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "commits", [])
+    return Hub
+
+
+@pytest.fixture
+def path(here, tmp_path):
+    """The folder of a run whose base has a name on the hub, though it was loaded from a folder."""
+    shutil.copytree("l2d", tmp_path / "path")
+    config = json.loads((tmp_path / "path/config.json").read_text())
+    config["text_config"]["_name_or_path"] = str(here / "base")
+    (tmp_path / "path/config.json").write_text(json.dumps(config | {"base_model": "some/base"}))
+    (tmp_path / "path/README.md").unlink()
+    return tmp_path / "path"
+
+
+def test_what_is_pushed(here, hub, path):
+    before = {file.name for file in path.iterdir()}
+    assert {"args.json", "checkpoint.safetensors"} <= before
+    assert card.push(path, "me/mine", private=True).startswith("https://huggingface.co/me/mine")
+    (name, private, files), = hub.commits
+    assert name == "me/mine" and private and files.keys() == before - {"args.json", "checkpoint.safetensors"} | {"README.md"}
+    assert files["model.safetensors"] == (path / "model.safetensors").read_bytes()
+    assert not any(str(here).encode() in content for content in files.values())
+    text = files["README.md"].decode()
+    assert ModelCard(text).data.base_model == "some/base" and 'L2D.from_pretrained("me/mine"' in text
+    for folder in (path, here / "full"):                 # an ordinary checkpoint holds its own base
+        card.push(folder, "me/mine")
+        assert not hub.commits.pop()[1]
+    (path / "README.md").write_text("mine")              # edited by hand
+    card.push(path, "me/mine")
+    assert hub.commits.pop()[2]["README.md"] == b"mine" and (path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder, options, texts", [
+    ("l2d", [], ["the base", "base is a folder on this machine", "base_model into l2d/config.json"]),
+    ("stopped", [], ["stopped holds no model yet", "--resume --out stopped"]),
+    ("base", [], ["base holds no run"]),
+    ("full", ["--private"], ["me/public is there already, and public"])])
+def test_what_is_not_pushed(here, hub, monkeypatch, folder, options, texts):
+    monkeypatch.setattr(hub, "public", ["me/public"])
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)    # run() makes card.py anew
+    if folder == "stopped":
+        make_run(here / "stopped", 1)
+    line = run("experiments/card.py", folder, "--push", "me/public", *options)
+    assert line.startswith("card.py: error: ") and "\n" not in line and all(text in line for text in texts) and not hub.commits
+
+
+def test_a_failing_upload_is_one_line(hub, path, monkeypatch):
+    monkeypatch.setattr(hub, "error", RepositoryNotFoundError("401 Client\nError", response=SimpleNamespace(headers={}, request=None)))
+    with pytest.raises(OSError, match="upload to me/mine failed.*`hf auth login`: 401 Client Error"):
+        card.push(path, "me/mine")
+
+
+def test_the_librarys_own_push_uploads_the_path_alone(model, monkeypatch):
+    pushed = []
+    def create_commit(*args, operations, **kwargs):
+        pushed.extend(operation.path_in_repo for operation in operations)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **kwargs: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("---\ntags: []\n---\n"))
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, *args, **kwargs: create_commit(*args, **kwargs))
+    model.push_to_hub("me/mine")
+    assert set(pushed) == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+
+
+# ---- Notebooks -------------------------------------------------------------------------------------------------------
+
+def test_importing_l2d_is_silent_and_brings_nothing_of_the_scripts():
+    code = "import l2d, sys; sys.exit(len({'datasets', 'matplotlib', 'lm_eval', 'experiments', 'train'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_bars_are_widgets_in_a_notebook_and_text_elsewhere():
+    for module in (train, chats, tiny):
+        assert module.tqdm is tqdm.auto.tqdm
+
+
+def test_the_readmes_python_works(here, tokenizer):
+    """A notebook cell with the README's lines, on a model of ours under the name that they have."""
+    code = block((ROOT / "README.md").read_text(encoding="utf-8"), "python")
+    names = re.findall(r'"(out/[^"]*)"', code)
+    assert names
+    for name in names:
+        Path("out").mkdir(exist_ok=True)
+        config = shutil.copytree("l2d", name) and json.loads(Path("l2d/config.json").read_text())
+        Path(name, "config.json").write_text(json.dumps(config | {"base_model": str(here / "base")}))
+    inputs = encode(tokenizer, PROMPT)
+    cell = {"inputs": inputs | {"max_new_tokens": 4}, "input_ids": inputs["input_ids"]}
+    exec(code, cell)
+    assert cell["model"].config.steps == 15 and type(cell["model"]) is L2D
+
+
+def test_training_and_answering_by_hand(here, tokenizer):
+    """What a notebook does without the scripts: a base, a path, a plain loop, an answer."""
+    model = L2D(L2DConfig(dim=16, cond_dim=16, lora_rank=2, sigma=3.0), AutoModelForCausalLM.from_pretrained("base")).train()
+    optimizer = torch.optim.AdamW(model.path_parameters().values(), lr=1e-2)
+    ids, losses = encode(tokenizer, PROMPT + "36<|end|>")["input_ids"].repeat(8, 1), []
+    for _ in range(20):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    assert model.eval().generate(**encode(tokenizer, PROMPT), max_new_tokens=3, do_sample=True, steps=5).shape[0] == 1
+
+
+# ---- Packages beyond requirements.txt ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("package, command", [
+    ("matplotlib", ["evaluate.py", "--out", "l2d", "--figure", "a.png"]), ("matplotlib", ["reproduce.py", "--draw"]),
+    ("lm_eval", ["evaluate.py", "--out", "l2d", "--tasks", "gsm8k"]), ("lm_eval", ["harness.py", "--out", "l2d", "--tasks", "gsm8k"])])
+def test_a_missing_package_is_one_line_that_says_what_to_install(here, monkeypatch, capsys, package, command):
+    monkeypatch.setitem(sys.modules, package, None)
+    code = run("experiments/" + command[0], *command[1:])
+    line = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"{command[0]}: error: ") and package in line and line.endswith("pip install -r experiments/requirements.txt")
