@@ -512,7 +512,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         rows, columns = keep.nonzero(as_tuple=True)
         layers = past_key_values.layers
         masks, slots, N = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
-        seeds = torch.randint(2**62, (B,), device=keep.device) if seeds is None else seeds
+        seeds = torch.randint(2**62, (B,)) if seeds is None else seeds  # on the CPU: MPS has no random int64
         own = (p for part in self.children() if part is not self.base for p in part.parameters())
         return Context(
             hidden=hidden[rows, columns], normed=norm(hidden[rows, columns]), cos=cos[rows, columns, None],
