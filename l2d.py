@@ -755,9 +755,9 @@ class L2D(PreTrainedModel, GenerationMixin):
         The name of a base in a local folder is written relative to save_directory, so both can be moved together."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
-        base_model = self.config.base_model
-        if os.path.isdir(base_model):
-            self.config.base_model = os.path.relpath(base_model, save_directory)
+        base_model, drive = self.config.base_model, lambda path: os.path.splitdrive(os.path.abspath(path))[0].lower()
+        if os.path.isdir(base_model) and drive(base_model) == drive(save_directory):         # (Windows has several)
+            self.config.base_model = os.path.relpath(base_model, save_directory).replace(os.sep, "/")
         try:
             super().save_pretrained(save_directory, state_dict=self.path_parameters(), **kwargs)
         finally:
