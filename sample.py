@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor, TextStreamer
 
-from experiments.chats import render
+from experiments.chats import is_unicode, render
 from experiments.trace import print_trace, trace
 from experiments.console import check_numbers, console, load_model, load_tokenizer, pick_device, some_text
 from l2d import TABLEAUS, TOKEN, VELOCITIES, uniform
@@ -65,6 +65,8 @@ class Sampler(LogitsProcessor):
 def answer(model, tokenizer, messages, args, number):
     """Stream the answer to a chat; returns its text and the evaluations of each of its tokens. `number` is the question's own,
     so that its noise does not depend on which others are asked."""
+    if not is_unicode(messages[-1]["content"]):
+        raise ValueError(f"the question {messages[-1]['content']!r} holds half characters (surrogates): write it in UTF-8")
     inputs = tokenizer(render(tokenizer, messages), return_tensors="pt", add_special_tokens=False).to(model.device)
     seeds = torch.tensor([args.seed * 1_000_003 + number], device=model.device)
     classes = torch.tensor([args.class_id], device=model.device) if args.class_id is not None else None
