@@ -21,6 +21,7 @@ from l2d import L2D
 @contextmanager
 def console(script):
     """Run a script: the libraries are quiet, what goes wrong ends it with one line and exit code 1, Ctrl-C with 130."""
+    sys.stdout.reconfigure(errors="replace")             # not every terminal, and no file on Windows, takes all that a model writes
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -386,6 +386,13 @@ def test_scripts_as_users_run_them(name, here):
     check(done.returncode, done.stderr.replace("\r", "\n").splitlines(), expected, script, texts)
 
 
+def test_a_terminal_without_the_characters_of_an_answer(here):
+    """Windows writes files in the code page of the country, Python elsewhere what the environment says."""
+    done = subprocess.run([sys.executable, str(ROOT / SAMPLE[0]), *SAMPLE[1:], "--prompt", "5*\u6570"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and b"> 5*?" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("script, args", [(TRAIN[0], TRAIN[1:]), (SAMPLE[0], SAMPLE[1:]), (EVALUATE[0], EVALUATE[1:]), (CONVERT[0], CONVERT[1:]),
                                           (RESUME[0], RESUME[1:]), (TRAIN[0], [*TRAIN[1:], "--label-column", "label"])])
 def test_what_is_right_goes_through(script, args, here, monkeypatch, capsys):
