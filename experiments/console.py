@@ -146,7 +146,7 @@ def save_tensors(tensors, file):
 def load_tensors(file):
     """What `save_tensors` wrote; safetensors run no code. ValueError: the file is damaged, or another's."""
     try:
-        tensors = load_file(file)
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}     # Windows replaces no file that is mapped
         if tensors.pop("checksum").item() == checksum(tensors).item():
             return tensors
     except (SafetensorError, KeyError, RuntimeError):
