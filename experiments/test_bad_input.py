@@ -224,7 +224,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     # models
     "unknown model": (nothing, [*TRAIN, "--model", "nobody/no-such-model"], 1, ["nobody/no-such-model"]),
     "unreachable hub": (nothing, [*TRAIN, "--model", "gpt2"], 1, ["gpt2"]),
-    "folder without config": (lambda: os.mkdir("empty"), [*TRAIN, "--model", "empty"], 1, ["empty"]),
+    "folder without config": (lambda: os.mkdir("void"), [*TRAIN, "--model", "void"], 1, ["void"]),      # ("empty" holds "mpt")
     "model is a file": (nothing, [*TRAIN, "--model", "chats.jsonl"], 1, ["chats.jsonl"]),
     "half a config": (cut("base/config.json", 0.5), TRAIN, 1, ["base", "config"]),
     "half a base": (cut("base/model.safetensors", 0.5), TRAIN, 1, ["base"]),
