@@ -513,7 +513,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         rows, columns = keep.nonzero(as_tuple=True)
         layers = past_key_values.layers
         masks, slots, N = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
-        seeds = torch.randint(2**62, (B,), device=keep.device) if seeds is None else seeds
+        seeds = torch.randint(2**62, (B,)) if seeds is None else seeds  # on the CPU: MPS has no random int64
         own = (p for part in self.children() if part is not self.base for p in part.parameters())
         return Context(
             hidden=hidden[rows, columns], normed=norm(hidden[rows, columns]), cos=cos[rows, columns, None],
@@ -755,9 +755,9 @@ class L2D(PreTrainedModel, GenerationMixin):
         The name of a base in a local folder is written relative to save_directory, so both can be moved together."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
-        base_model = self.config.base_model
-        if os.path.isdir(base_model):
-            self.config.base_model = os.path.relpath(base_model, save_directory)
+        base_model, drive = self.config.base_model, lambda path: os.path.splitdrive(os.path.abspath(path))[0].lower()
+        if os.path.isdir(base_model) and drive(base_model) == drive(save_directory):         # (Windows has several)
+            self.config.base_model = os.path.relpath(base_model, save_directory).replace(os.sep, "/")
         try:
             super().save_pretrained(save_directory, state_dict=self.path_parameters(), **kwargs)
         finally:

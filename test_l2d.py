@@ -7,6 +7,7 @@ against a transcription of the method that is as plain as possible: one position
 import dataclasses
 import json
 import math
+import ntpath
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1243,6 +1245,19 @@ def test_base_and_path_can_be_moved_together(folders, tmp_path):
     assert torch.equal(loaded(IDS, seeds=SEEDS).logits, model(IDS, seeds=SEEDS).logits)
     loaded.save_pretrained(tmp_path / "again")           # and the path alone, from there
     assert same_path(L2D.from_pretrained(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize("drive, name", [("C:", "../base"), ("c:", "../base"), ("D:", None)])
+def test_on_windows_a_base_is_named_with_slashes_or_stays_on_its_drive(folders, tmp_path, monkeypatch, drive, name):
+    model, folder = folders[0], str(folders[1] / "base")
+    absolute = lambda path: (drive if str(path) == folder else "C:") + os.path.splitdrive(path)[1].replace(os.sep, "\\")
+    windows = dict(splitdrive=ntpath.splitdrive, abspath=absolute, relpath=lambda path, start: ntpath.relpath(absolute(path), absolute(start)))
+    monkeypatch.setattr(l2d, "os", SimpleNamespace(sep="\\", path=SimpleNamespace(**vars(os.path) | windows)))
+    monkeypatch.setattr(model.config, "base_model", folder)
+    model.save_pretrained(folders[1] / "on-windows")
+    monkeypatch.undo()
+    assert json.loads((folders[1] / "on-windows/config.json").read_text())["base_model"] == (name or folder)
+    assert same_path(L2D.from_pretrained(folders[1] / "on-windows"), model)
 
 
 def test_arguments_of_loading_change_settings_or_go_to_the_base(folders):

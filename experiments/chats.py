@@ -60,7 +60,11 @@ def smoltalk(subset, split):
 
 
 def render(tokenizer, messages, answer=False):
-    """Messages as the model's chat template writes them; without `answer`, up to where the assistant is to speak."""
+    """Messages as the model's chat template writes them; without `answer`, up to where the assistant is to speak. ValueError: half
+    characters."""
+    for message in messages:
+        if not is_unicode(message["content"]):
+            raise ValueError(f"the text {message['content']!r} holds half characters (surrogates): write it in UTF-8")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answer, date_string=DATE,
                                          strftime_now=lambda form: DATE)
 

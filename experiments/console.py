@@ -26,6 +26,7 @@ from l2d import L2D, L2DConfig
 def console(script):
     """Run a script: the libraries are quiet, what goes wrong ends it with one line and exit code 1, Ctrl-C with 130."""
     downloads = not are_progress_bars_disabled()
+    sys.stdout.reconfigure(errors="replace")             # not every terminal, and no file on Windows, takes all that a model writes
     logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()        # its twelve lines on an unreachable hub, too
     logging.disable_progress_bar()
@@ -171,7 +172,7 @@ def save_tensors(tensors, file):
 def load_tensors(file):
     """What `save_tensors` wrote; safetensors run no code. ValueError: the file is damaged, or another's."""
     try:
-        tensors = load_file(file)
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}     # Windows replaces no file that is mapped
         if tensors.pop("checksum").item() == checksum(tensors).item():
             return tensors
     except (SafetensorError, KeyError, RuntimeError):

@@ -42,7 +42,8 @@ def replace_modules(model, kind, make):
 
 
 class Finetuned(nn.Module):
-    """A causal LM with trained weights of its own. It has what train.py needs of an L2D, under the same names.
+    """A causal LM with trained weights of its own. It has what train.py needs of an L2D, under the same names. ValueError: a
+    quantised base.
 
     The loss is the cross entropy of the labelled tokens, as L2D's. Trained parameters are float32 ("full" trains the
     weights themselves in float32, and computes in bfloat16 on CUDA)."""
@@ -51,6 +52,8 @@ class Finetuned(nn.Module):
 
     def __init__(self, base, method, rank, alpha, gradient_checkpointing=False):
         super().__init__()
+        if getattr(base, "is_quantized", False):
+            raise ValueError("the base is quantised, and such weights take no updates: use --method l2d, or a base that is not")
         self.base, self.full = base.requires_grad_(method == "full"), method == "full"
         self.config = SimpleNamespace(class_names=[])    # labels are ignored
         if self.full:

@@ -224,7 +224,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     # models
     "unknown model": (nothing, [*TRAIN, "--model", "nobody/no-such-model"], 1, ["nobody/no-such-model"]),
     "unreachable hub": (nothing, [*TRAIN, "--model", "gpt2"], 1, ["gpt2"]),
-    "folder without config": (lambda: os.mkdir("empty"), [*TRAIN, "--model", "empty"], 1, ["empty"]),
+    "folder without config": (lambda: os.mkdir("void"), [*TRAIN, "--model", "void"], 1, ["void"]),      # ("empty" holds "mpt")
     "model is a file": (nothing, [*TRAIN, "--model", "chats.jsonl"], 1, ["chats.jsonl"]),
     "half a config": (cut("base/config.json", 0.5), TRAIN, 1, ["base", "config"]),
     "half a base": (cut("base/model.safetensors", 0.5), TRAIN, 1, ["base"]),
@@ -386,6 +386,13 @@ def test_scripts_as_users_run_them(name, here):
     spoil()
     done = subprocess.run([sys.executable, str(ROOT / script), *args], capture_output=True, text=True)
     check(done.returncode, done.stderr.replace("\r", "\n").splitlines(), expected, script, texts)
+
+
+def test_a_terminal_without_the_characters_of_an_answer(here):
+    """Windows writes files in the code page of the country, Python elsewhere what the environment says."""
+    done = subprocess.run([sys.executable, str(ROOT / SAMPLE[0]), *SAMPLE[1:], "--prompt", "5*\u6570"], capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and b"> 5*?" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("script, args", [(TRAIN[0], TRAIN[1:]), (SAMPLE[0], SAMPLE[1:]), (EVALUATE[0], EVALUATE[1:]), (CONVERT[0], CONVERT[1:]),

@@ -73,6 +73,15 @@ def test_the_loss_of_the_baseline_is_that_of_the_library():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_quantised_base_is_refused(method):
+    """At once: the updates could not be merged at the end."""
+    base = tiny.make_model(tiny.make_tokenizer(), hidden=32, layers=2, ffn=48)
+    base.is_quantized = True                             # what the library says of such a base
+    with pytest.raises(ValueError, match="the base is quantised"):
+        Finetuned(base, method, rank=2, alpha=2.0)
+
+
 def test_results_are_kept_and_read_again(folder):
     bench = Bench(folder / "l2d")
     first = bench.measure("base", n=30, steps=1, temperature=0.0)
