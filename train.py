@@ -232,7 +232,7 @@ def build(args):
 
 def open_log(file, step):
     """The log, without lines of updates that a kill has undone."""
-    write_text(file, "".join(json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= step))
+    write_text(file, "".join(json.dumps(line) + "\n" for line in read_log(file, "step") if line["step"] <= step))
     return open(file, "a", encoding="utf-8", buffering=1)
 
 

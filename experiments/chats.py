@@ -32,7 +32,7 @@ def read_rows(data):
         name, subset, split = (data.split(":") + ["", ""])[:3]
         return load_dataset(name, subset or None, split=split or "train"), None
     rows = []
-    with open(data, encoding="utf-8", errors="replace") as file:
+    with open(data, encoding="utf-8-sig", errors="replace") as file:         # some editors put a mark at the beginning
         for line in filter(str.strip, file):
             try:
                 rows.append(json.loads(line))
