@@ -1,6 +1,7 @@
 """What the scripts share at the terminal and on the disk: errors in one line, a device that is there, files that are whole."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -32,7 +33,8 @@ def console(script):
         sys.exit(f"{script}: error: {one_line(error)}: pip install -r requirements.txt -r experiments/requirements.txt")
     except (OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
         where = "in the chat template: " if isinstance(error, TemplateError) else ""
-        sys.exit(f"{script}: error: {where}{one_line(error)}")
+        full = ": make room, then start again (train.py: with --resume)" if getattr(error, "errno", 0) == errno.ENOSPC else ""
+        sys.exit(f"{script}: error: {where}{one_line(error)}{full}")
 
 
 def one_line(error, most=1000):

@@ -84,6 +84,15 @@ def test_results_are_kept_and_read_again(folder):
         again.measure("base", n=30, steps=3, temperature=0.0)
 
 
+def test_half_a_line_that_a_kill_leaves_of_the_results_is_cut_off(folder, tmp_path):
+    file = tmp_path / "results.jsonl"
+    line = {"name": "one", "n": 3, "seed": 0, "kinds": [], "settings": {}}
+    file.write_text(json.dumps(line) + '\n{"name": "tw')
+    Bench(tmp_path).record(line | {"name": "three"})
+    assert [found["name"] for found in map(json.loads, file.read_text().splitlines())] == ["one", "three"]
+    assert len(Bench(tmp_path).known) == 2 and len(Bench(tmp_path, again=True).known) == 0
+
+
 def test_settings_of_one_line_do_not_reach_the_next(folder):
     model, tokenizer = Bench(folder / "l2d").loaded
     from experiments.evaluate import ask
