@@ -23,14 +23,13 @@ DATE = "26 Jul 2024"                                     # what a chat template 
 def read_rows(data):
     """(training rows, validation rows or None), as they are in the source; a line that is no JSON stays a string."""
     if data == "smoltalk":
-        from datasets import concatenate_datasets        # here: a file needs no datasets, which take a second to import
+        from datasets import concatenate_datasets
         return tuple(concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK]) for split in ("train", "test"))
     if not data.endswith((".jsonl", ".json")):
         if os.path.isfile(data):
             raise ValueError(f"{data} must be a .jsonl file, with a JSON object in every line")
-        from datasets import load_dataset
         name, subset, split = (data.split(":") + ["", ""])[:3]
-        return load_dataset(name, subset or None, split=split or "train"), None
+        return hub_rows(name, subset or None, split or "train"), None
     rows = []
     with open(data, encoding="utf-8-sig", errors="replace") as file:         # some editors put a mark at the beginning
         for line in filter(str.strip, file):
@@ -41,10 +40,19 @@ def read_rows(data):
     return rows, None
 
 
+def hub_rows(name, subset, split):
+    """The rows of a hub data set. OSError: says why they cannot be loaded."""
+    from datasets import load_dataset                    # here: a file needs no datasets, which take a second to import
+    try:
+        return load_dataset(name, subset, split=split)
+    except Exception as error:                           # of any kind, as in `console.load`
+        raise OSError(f"no data can be loaded from {name!r}; give a .jsonl file, or a hub data set as NAME:SUBSET:SPLIT: "
+                      + one_line(error, 400)) from None
+
+
 def smoltalk(subset, split):
     """One of the paper's subsets (B.1), each row with its class in the column `label`."""
-    from datasets import load_dataset
-    rows = load_dataset("HuggingFaceTB/smoltalk", subset, split=split)
+    rows = hub_rows("HuggingFaceTB/smoltalk", subset, split)
     if SMOLTALK[subset] is None:
         rows = rows.filter(lambda row: row["category"] in MAGPIE)
     rows = rows.map(lambda row: {"label": SMOLTALK[subset] or MAGPIE[row["category"]]})

@@ -31,7 +31,7 @@ def console(script):
         sys.exit(130)
     except ImportError as error:
         sys.exit(f"{script}: error: {one_line(error)}: pip install -r requirements.txt -r experiments/requirements.txt")
-    except (OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
+    except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
         where = "in the chat template: " if isinstance(error, TemplateError) else ""
         full = ": make room, then start again (train.py: with --resume)" if getattr(error, "errno", 0) == errno.ENOSPC else ""
         sys.exit(f"{script}: error: {where}{one_line(error)}{full}")
@@ -72,6 +72,8 @@ def load_model(folder, **settings):
         raise OSError(f"no trained path can be loaded from {folder}: {one_line(error, 400)}") from None
     except SafetensorError as error:
         raise ValueError(f"{folder}/model.safetensors is damaged ({one_line(error)}); save or fetch it again") from None
+    except (AttributeError, TypeError) as error:         # what a number in the place of a text leads to, say
+        raise ValueError(f"{folder}/config.json is damaged ({one_line(error)}); save or fetch it again") from None
 
 
 def load_tokenizer(name, vocab_size=math.inf):
@@ -157,6 +159,8 @@ def load_tensors(file):
             return tensors
     except (SafetensorError, KeyError, RuntimeError):
         pass
+    except OSError as error:
+        raise OSError(f"{file} cannot be read ({one_line(error)}): change its rights, or put back a copy") from None
     raise ValueError(f"{file} is damaged, or no checkpoint: put back a copy, or delete it to begin again at step 0")
 
 

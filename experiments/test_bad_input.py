@@ -252,6 +252,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "no data": (nothing, [*TRAIN, "--data", "none.jsonl"], 1, ["none.jsonl"]),
     "data is a folder": (lambda: os.mkdir("folder.jsonl"), [*TRAIN, "--data", "folder.jsonl"], 1, ["folder.jsonl"]),
     "unknown hub data": (nothing, [*TRAIN, "--data", "nobody/no-such-data"], 1, ["nobody/no-such-data"]),
+    "no name of data": (nothing, [*TRAIN, "--data", ""], 1, ["''", ".jsonl"]),
     "another suffix": (write("chats.txt", "1*1"), [*TRAIN, "--data", "chats.txt"], 1, ["chats.txt", ".jsonl"]),
     "empty data": (write("bad.jsonl", ""), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row", "--help"]),
     "binary data": (write("bad.jsonl", bytes(range(256)) * 40), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row"]),
@@ -309,6 +310,8 @@ SCRIPTS = {                                              # name: (what is spoilt
     "empty checkpoint": (cut("run/checkpoint.safetensors", 0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "bit flipped in the header": (flip("run/checkpoint.safetensors", 0.01), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "bit flipped in the data": (flip("run/checkpoint.safetensors", 0.7, bit=0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
+    "a folder as checkpoint": (lambda: (os.remove("run/checkpoint.safetensors"), os.mkdir("run/checkpoint.safetensors")), RESUME, 1,
+                               ["run/checkpoint.safetensors", "cannot be read"]),
     "pickle as checkpoint": (pickled_checkpoint, RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "model as checkpoint": (lambda: shutil.copy("run/model.safetensors", "run/checkpoint.safetensors"), RESUME, 1,
                             ["run/checkpoint.safetensors", "damaged"]),
@@ -329,6 +332,9 @@ SCRIPTS = {                                              # name: (what is spoilt
     "sigma a text": (edit("path/config.json", sigma="64"), SAMPLE, 1, ["sigma='64'", "number"]),
     "sigma null": (edit("path/config.json", sigma=[1]), SAMPLE, 1, ["sigma=[1]", "number"]),
     "half a rank": (edit("path/config.json", lora_rank=1.5), SAMPLE, 1, ["lora_rank=1.5", "whole"]),
+    "classes that are no list": (edit("path/config.json", class_names=5), SAMPLE, 1, ["path/config.json", "damaged"]),
+    "a config that is none": (write("path/config.json", "[1]"), SAMPLE, 1, ["path/config.json", "damaged"]),
+    "the end a text": (edit("path/config.json", t_end="1"), SAMPLE, 1, ["path/config.json", "damaged"]),
     "half a path's config": (cut("path/config.json", 0.5), SAMPLE, 1, ["path/config.json", "JSON"]),
     "no tokenizer": (lambda: [f.unlink() for f in Path("path").glob("tokenizer*")], SAMPLE, 1, ["path", "tokenizer"]),
     "a token that the base has not": (lambda: longer_tokenizer("path"), [*SAMPLE, "--prompt", "1*1"], 1, ["46 tokens", "only 44", "path"]),
@@ -443,6 +449,13 @@ def test_rows_of_no_use_are_counted_and_the_others_learnt(here, monkeypatch, cap
     for text in ("18 examples, 2 held out", "left out 1 (of 24 rows): not a JSON object", "left out 1 (of 24 rows): no messages",
                  "left out 1 (of 24 rows): longer than 128 tokens", "left out 1 (of 24 rows): half characters"):
         assert text in out
+
+
+def test_an_answer_ends_where_the_context_does(here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*SAMPLE[:3], "--prompt", "1" * 116, "--max-new-tokens", "50", "--steps", "1", "--device", "cpu"])
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    tokens = [int(line.split(", ")[-2].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("T = 1")]
+    assert tokens == [128 - 119]
 
 
 def test_no_source_trusts_remote_code_or_unpickles():
