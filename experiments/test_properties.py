@@ -151,16 +151,17 @@ def test_micro_batches_and_chunks_change_neither_loss_nor_gradient(batch, micro,
     answers = sum(len(e["input_ids"]) - e["answer"] for e, _ in examples)
     results = []
     for size, piece in ((len(rows), 1024), (micro, chunk)):
-        args, loss, told = type("args", (), {"micro_batch_size": size}), 0, []
+        args, loss, told, learnt = type("args", (), {"micro_batch_size": size}), 0, [], 0
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "cross_entropy", lambda h, y: L2D.cross_entropy(model, h, y, chunk=piece))
             for inputs in train_script.micro_batches(examples, args, 0, model):
                 told += inputs["class_ids"].tolist()
+                learnt += (inputs["labels"] != -100).sum()
                 part = model(**inputs, num_items_in_batch=answers).loss
                 part.backward()
                 loss += part.item()
-        assert told == classes.tolist()                  # a row without a label has the null class, the last
+        assert learnt == answers and told == classes.tolist()        # a row without a label has the null class, the last
         results.append((loss, {name: p.grad.clone() for name, p in model.path_parameters().items() if p.grad is not None}))
     model.zero_grad()
     (loss, gradient), (other, others) = results
