@@ -111,6 +111,7 @@ class L2DConfig(PretrainedConfig):
                 ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
                 ("max_evaluations", self.max_evaluations >= 2, "must be 2 or more: the first evaluation and the answer"),
                 ("guidance", 0 <= self.guidance < math.inf, "must be 0 or more"),
+                ("path", self.path == "lora" or not hasattr(base_config, "quantization_config"), "needs a base that is not quantised: use lora"),
                 ("solver", not (self.self_condition and TABLEAUS[self.solver].error), "chooses the steps of every row, and "
                  "with self_condition a row's estimates must come at the same times as all others': use a fixed solver"),
                 ("guidance", self.guidance == 1 or self.class_names, "needs classes, and this model has none; use 1")):
@@ -183,9 +184,8 @@ def normal(seeds, positions, stream, n):
 
 # ---- LoRA, and its alternatives (Section 3.1, Table 8): the path's own version of one of the LM's linear layers ------
 class LoRALinear(nn.Module):
-    """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out].
-    The base layer is passed in at every call, so its weights are shared, never stored twice (unless `L2D.merge_lora` asks for
-    their sum with the update). A ~ N(0, 1/rank²) and B = 0: at first the path computes exactly what the LM's layer does."""
+    """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out]. The base is passed in
+    at every call: its weights are shared (`L2D.merge_lora` copies them). A ~ N(0, 1/rank²), B = 0: at first this is the LM's layer."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
@@ -351,9 +351,8 @@ class Block(nn.Module):
 
 
 # ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
-# They know a velocity function, a state and times, and nothing of the model: velocity(x, t, t_next) -> dx/dt, with x and dx
-# [M, d] and t a float or [M, 1]. t_next is the time that the evaluation leads to: Algorithm 1 draws the token x̂ at a
-# temperature that falls with it. A row below is one of the M states.
+# They know nothing of the model but velocity(x, t, t_next) -> dx/dt, with x and dx [M, d] and t a float or [M, 1]. t_next is the
+# time that the evaluation leads to: Algorithm 1 draws x̂ at a temperature that falls with it. A row below is one of the M states.
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge-Kutta method: stage i is evaluated at t + c_i·h, at x + h·sum_j a_ij·k_j; the step is h·sum b_i·k_i.
@@ -418,10 +417,9 @@ def solve_fixed(velocity, x, t_end, n, tableau):
     return x
 
 def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, first_step=0.05):
-    """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours.
-    A step is accepted where the error estimate, relative to the tolerance (root mean square over the row), is at most 1;
-    otherwise it is repeated, shorter. The next step is 0.9 of the one that would just do: at most 10 times as long as the
-    last, after success no shorter, after failure at least a fifth. Arrived rows wait for the others.
+    """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours. A step is
+    accepted where the error estimate, relative to the tolerance (root mean square over the row), is at most 1; else it is repeated,
+    shorter. The next step is 0.9 of what would just do: at most 10 times the last, after success no less, after failure at least 1/5.
     Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
     t = x.new_zeros(len(x), 1)
     h, used = torch.full_like(t, min(first_step, t_end)), torch.ones_like(t)
@@ -595,7 +593,9 @@ class L2D(PreTrainedModel, GenerationMixin):
 
     def merge_lora(self, merging=True):
         """For inference, add every LoRA update into a copy of the LM's layer, which takes the memory of those layers once more
-        (1.9 GB for Llama-3.2-1B in bfloat16). Training and loading drop the copies; saving is the same."""
+        (1.9 GB for Llama-3.2-1B in bfloat16). Training and loading drop the copies; saving is the same. ValueError: quantised."""
+        if merging and getattr(self.base, "is_quantized", False):
+            raise ValueError("the base's weights are quantised, and nothing can be added to them: leave out merge_lora()")
         for module in self.modules():
             if isinstance(module, LoRALinear):
                 module.merging, module.merged = merging, None

@@ -110,7 +110,7 @@ def load(args):
     if args.label is not None and args.label not in names:
         raise ValueError(f"label {args.label!r} is unknown; this model knows {', '.join(names) or 'no classes'}")
     args.class_id = None if args.label is None else names.index(args.label)
-    return model.to(device), load_tokenizer(folder)
+    return model.to(device), load_tokenizer(folder, model.base.config.vocab_size)
 
 
 def chat(model, tokenizer, args, used):

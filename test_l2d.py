@@ -476,8 +476,12 @@ def test_merged_lora_changes_nothing_but_the_speed(kind):
     assert merged.blocks[0].q_proj.merged is not None and merged.path_parameters().keys() == plain.path_parameters().keys()
     assert train(merged, 3) == train(plain, 3) and merged.blocks[0].q_proj.merged is None
     assert torch.allclose(merged(IDS, seeds=SEEDS).logits, plain(IDS, seeds=SEEDS).logits, atol=1e-3)
-    merged.merge_lora(False)
-    assert torch.equal(merged(IDS, seeds=SEEDS).logits, plain(IDS, seeds=SEEDS).logits)
+    other = {name: p.detach() + 0.1 for name, p in plain.path_parameters().items()}
+    for end in (lambda: merged.merge_lora(False), lambda: [model.load_path(other) for model in (plain, merged)]):
+        merged.merge_lora()
+        merged(IDS, seeds=SEEDS)                         # makes the copies
+        end()
+        assert torch.equal(merged(IDS, seeds=SEEDS).logits, plain(IDS, seeds=SEEDS).logits)
 
 
 def test_casts_are_made_once_and_again_after_a_change(monkeypatch):
@@ -1400,6 +1404,44 @@ def test_training_reports_what_it_does(trained):
     assert updates[0]["lr"] == 0.005 and updates[1]["lr"] == 0.01 and updates[-1]["lr"] == pytest.approx(1e-6)
     assert all({"val_loss", "t<0.2", "accuracy_T1", "accuracy_T15"} <= line.keys() for line in lines if "loss" not in line)
     assert sum("val_loss" in line for line in lines) == 2
+
+
+TRAINING = dict(batch_size=3, micro_batch_size=2, seed=0, clip=0.05, lr=0.5, min_lr=0.1, warmup_steps=2, max_steps=5)
+
+
+def test_an_update_is_clipped_and_goes_as_far_as_the_learning_rate_of_its_step():
+    model, args = tiny_l2d(), SimpleNamespace(**TRAINING)
+    data = [{"input_ids": [n, 5, 6, 7, 8], "answer": 2, "label": None} for n in range(4)]
+    parameters = list(model.path_parameters().values())
+    optimizer = torch.optim.SGD(parameters, lr=9.0)      # unlike AdamW's, its steps are as long as the gradient
+    for step, lr in enumerate((0.25, 0.5, 0.5, 0.3, 0.1)):
+        before = [p.detach().clone() for p in parameters]
+        line = train_script.update(step, model, optimizer, data, args, 0)
+        moved = sum((p - q).double().pow(2).sum() for p, q in zip(parameters, before)).sqrt().item()
+        assert line["grad_norm"] > args.clip and moved == pytest.approx(lr * args.clip, rel=1e-2) and line["lr"] == pytest.approx(lr)
+
+
+def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own(monkeypatch):
+    model, batches = tiny_l2d(), []
+    optimizer = torch.optim.SGD(model.path_parameters().values(), lr=9.0)
+    monkeypatch.setattr(train_script, "micro_batches", lambda batch, *_: batches.append(batch) or [])
+    for step in range(4):
+        train_script.update(step, model, optimizer, [{"input_ids": [n, n], "answer": 1} for n in range(6)], SimpleNamespace(**TRAINING), 0)
+    epochs = [[e["input_ids"][0] for e, _ in batches[i] + batches[i + 1]] for i in (0, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6)) and epochs[0] != epochs[1]
+    assert len({seed for batch in batches for _, seed in batch}) == 12
+
+
+def test_weight_decay_is_for_matrices_alone(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "base", "--data", "chats.jsonl", "--out", "none", *STEPS])
+    def stop(groups, **_):
+        raise StopIteration(groups)
+    monkeypatch.setattr(torch.optim, "AdamW", stop)
+    with pytest.raises(StopIteration) as stopped:
+        train_script.train(train_script.parse_args())
+    for group in stopped.value.args[0]:
+        assert group["params"] and all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
 
 
 def test_the_result_of_training_loads(trained):

@@ -249,7 +249,7 @@ def prepare_out(args, tokenizer, step):
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
     tokenizer.save_pretrained(out)
-    lines = [line for line in read_log(out / "log.jsonl") if line["step"] <= step]
+    lines = [line for line in read_log(out / "log.jsonl", "step") if line["step"] <= step]
     write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -31,10 +31,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import memory
+from experiments.console import check_numbers, console, pick_device
 from experiments.flops import path_linears, update_flops
 from experiments.naive import naive_logits, naive_loss, naive_token
 from experiments.shapes import SHAPES
-from l2d import IGNORE, L2D, L2DConfig
+from l2d import IGNORE, L2D, L2DConfig, intervals
 
 
 def parse_args():
@@ -55,7 +56,10 @@ def parse_args():
         args.device, args.compile = "cuda", True
         if not torch.cuda.is_available():
             parser.error("--gpu needs a GPU, and torch sees none")
-    cuda = args.device.startswith("cuda")
+    check_numbers(parser, vars(args), above_0=("batch", "context", "rounds"), from_0=["seconds"])
+    for T in args.steps:
+        intervals("midpoint", T)                         # ValueError before the measurements
+    cuda = pick_device(args.device).startswith("cuda")
     args.shape, args.batch = args.shape or ("llama-1b" if cuda else "small"), args.batch or ([1, 8, 64] if cuda else [1, 8])
     args.rounds = args.rounds or (5 if cuda else 3)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
@@ -294,5 +298,5 @@ class Benchmark:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    Benchmark(parse_args()).run()
+    with console("benchmark.py"):
+        Benchmark(parse_args()).run()

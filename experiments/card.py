@@ -55,7 +55,7 @@ def read_run(folder):
         raise ValueError(f"{folder} holds no run of train.py and no trained path: name the folder that --out named")
     method = args.get("method", "l2d")
     base = config.get("base_model") if method == "l2d" and config else args["model"]
-    return SimpleNamespace(folder=folder, args=args, config=config, log=read_log(folder / "log.jsonl"), method=method,
+    return SimpleNamespace(folder=folder, args=args, config=config, log=read_log(folder / "log.jsonl", "step"), method=method,
                            base=base, weights=sorted(folder.glob("model*.safetensors")))
 
 

@@ -24,15 +24,15 @@ DATE = "26 Jul 2024"                                     # what a chat template 
 def read_rows(data):
     """(training rows, validation rows or None), as they are in the source; a line that is no JSON stays a string."""
     if data == "smoltalk":
-        from datasets import concatenate_datasets        # here: a file needs no datasets, which take a second to import
+        from datasets import concatenate_datasets
         return tuple(concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK]) for split in ("train", "test"))
     if not data.endswith((".jsonl", ".json")):
         if os.path.isfile(data):
             raise ValueError(f"{data} must be a .jsonl file, with a JSON object in every line")
         name, subset, split = (data.split(":") + ["", ""])[:3]
-        return load_hub(name, subset or None, split or "train"), None
+        return hub_rows(name, subset or None, split or "train"), None
     rows = []
-    with open(data, encoding="utf-8", errors="replace") as file:
+    with open(data, encoding="utf-8-sig", errors="replace") as file:         # some editors put a mark at the beginning
         for line in filter(str.strip, file):
             try:
                 rows.append(json.loads(line))
@@ -41,18 +41,19 @@ def read_rows(data):
     return rows, None
 
 
-def load_hub(name, subset, split):
-    """The rows of a data set on the hub. OSError: names it and says why it cannot be loaded."""
-    from datasets import load_dataset
+def hub_rows(name, subset, split):
+    """The rows of a hub data set. OSError: says why they cannot be loaded."""
+    from datasets import load_dataset                    # here: a file needs no datasets, which take a second to import
     try:
         return load_dataset(name, subset, split=split)
-    except Exception as error:                           # the library has a dozen kinds, not all of them OSErrors
-        raise OSError(f"the data set {name} cannot be loaded: {why(error)}") from None
+    except Exception as error:                           # of any kind, as in `console.load`
+        raise OSError(f"no data can be loaded from {name!r}; give a .jsonl file, or a hub data set as NAME:SUBSET:SPLIT: "
+                      + why(error)) from None
 
 
 def smoltalk(subset, split):
     """One of the paper's subsets (B.1), each row with its class in the column `label`."""
-    rows = load_hub("HuggingFaceTB/smoltalk", subset, split)
+    rows = hub_rows("HuggingFaceTB/smoltalk", subset, split)
     if SMOLTALK[subset] is None:
         rows = rows.filter(lambda row: row["category"] in MAGPIE)
     rows = rows.map(lambda row: {"label": SMOLTALK[subset] or MAGPIE[row["category"]]})

@@ -1,6 +1,7 @@
 """What the scripts share at the terminal and on the disk: errors in one line, a device that is there, files that are whole."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -37,9 +38,12 @@ def console(script):
     except KeyboardInterrupt:
         print("stopped")
         sys.exit(130)
-    except (OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
+    except ImportError as error:
+        sys.exit(f"{script}: error: {one_line(error)}: pip install -r requirements.txt -r experiments/requirements.txt")
+    except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
         where = "in the chat template: " if isinstance(error, TemplateError) else ""
-        sys.exit(f"{script}: error: {where}{one_line(error)}")
+        full = ": make room, then start again (train.py: with --resume)" if getattr(error, "errno", 0) == errno.ENOSPC else ""
+        sys.exit(f"{script}: error: {where}{one_line(error)}{full}")
 
 
 def one_line(error, most=1000):
@@ -95,6 +99,8 @@ def load_model(folder, **settings):
         raise OSError(f"no trained path can be loaded from {folder}{onto}: {why(error)}") from None
     except SafetensorError as error:
         raise ValueError(f"{folder}/model.safetensors is damaged ({one_line(error)}); save or fetch it again") from None
+    except (AttributeError, TypeError) as error:         # what a number in the place of a text leads to, say
+        raise ValueError(f"{folder}/config.json is damaged ({one_line(error)}); save or fetch it again") from None
 
 
 def load_tokenizer(name, vocab_size=math.inf):
@@ -120,14 +126,17 @@ def pick_device(wanted=None):
 
 
 def check_numbers(parser, args, above_0=(), from_0=(), below_1=()):
-    """parser.error about the first option that is out of its range (NaN and inf are in none); args: name -> number or None."""
+    """parser.error about the first option that is out of its range (NaN, inf and texts are in none); args: name -> a number, a
+    list of them, or None. Seeds are always looked at."""
     rules = dict.fromkeys(above_0, ("above 0", lambda v: 0 < v < math.inf))
     rules |= dict.fromkeys(from_0, ("0 or more", lambda v: 0 <= v < math.inf))
     rules |= dict.fromkeys(below_1, ("0 or more and below 1", lambda v: 0 <= v < 1))
-    rules["seed"] = f"in 0..{2**22 - 1}", lambda v: 0 <= v < 2**22               # with a position it makes one int64 address
+    seed = f"in 0..{2**22 - 1}", lambda v: 0 <= v < 2**22                        # with a position it makes one int64 address
+    rules |= {name: seed for name in ("seed", "seeds") if name in args}
     for name, (rule, good) in rules.items():
-        if args[name] is not None and not good(args[name]):
-            parser.error(f"--{name.replace('_', '-')} {args[name]} must be {rule}")
+        for value in args[name] if isinstance(args[name], list) else [args[name]]:
+            if value is not None and not (isinstance(value, (int, float)) and good(value)):
+                parser.error(f"--{name.replace('_', '-')} {value!r} must be {rule}")
 
 
 def some_text(text):
@@ -177,6 +186,8 @@ def load_tensors(file):
             return tensors
     except (SafetensorError, KeyError, RuntimeError):
         pass
+    except OSError as error:
+        raise OSError(f"{file} cannot be read ({one_line(error)}): change its rights, or put back a copy") from None
     raise ValueError(f"{file} is damaged, or no checkpoint: put back a copy, or delete it to begin again at step 0")
 
 
@@ -194,18 +205,23 @@ def load_options(folder):
     if not file.exists():
         raise ValueError(f"{folder} holds no run to resume: start one with `python train.py --out {folder}`")
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")).items())
+        options = dict(json.loads(file.read_text(encoding="utf-8")).items())
+        if {"model", "data", "max_steps"} <= options.keys():         # else it is another program's
+            return options
     except (ValueError, AttributeError):
-        raise ValueError(f"{file} is damaged: put back a copy, or start anew with another --out") from None
+        pass
+    raise ValueError(f"{file} is damaged: put back a copy, or start anew with another --out")
 
 
-def read_log(file):
-    """The lines of a log as dictionaries; one that a kill has cut off is left out. ValueError: another one is damaged."""
+def read_log(file, key):
+    """The lines of a log as dictionaries, which all have `key`; one that a kill has cut off is left out. ValueError: another one
+    is damaged."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if file.exists() else []
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate((line for line in lines if line.endswith("\n")), start=1):
         try:
-            found += [json.loads(line)] if line.endswith("\n") else []
-        except ValueError:
+            found.append(json.loads(line))
+            found[-1][key]                               # the log of another program has none
+        except (ValueError, TypeError, LookupError):
             raise ValueError(f"{file} is damaged in line {number}: delete that line, or the file") from None
     return found

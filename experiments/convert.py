@@ -135,6 +135,8 @@ def convert(checkpoint, base_name, out, sigma=64.0, lora_alpha=None, class_names
     tensors = read_checkpoint(Path(checkpoint))
     sizes, classes = infer_sizes(tensors)
     class_names = class_names or [f"class {i}" for i in range(classes)]
+    if len({*class_names}) < len(class_names):
+        raise ValueError(f"class names must differ: {', '.join(class_names)}")
     if len(class_names) != classes:
         raise ValueError(f"{len(class_names)} class names given, but the checkpoint has {classes} classes")
     config = L2DConfig(base_name, sigma=sigma, class_names=class_names, **sizes)

@@ -20,18 +20,19 @@ anew). --figure FILE draws accuracy against T (it needs matplotlib: pip install 
 import argparse
 import json
 import math
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import render
-from experiments.console import check_numbers, console, load, load_model, load_tokenizer
+from experiments.console import check_numbers, console, load, load_model, load_tokenizer, read_log
 from experiments.tiny import KINDS, LABELS, base_folder, questions
 from l2d import L2D, TABLEAUS, VELOCITIES, intervals
 from sample import Sampler
@@ -61,8 +62,7 @@ class Bench:
 
     def __init__(self, folder, again=False):
         self.folder, self.file = folder, Path(folder) / "results.jsonl"
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() and not again else []
-        self.known = {self.key(line): line for line in map(json.loads, lines)}
+        self.known = {self.key(line): line for line in ([] if again else read_log(self.file, "settings"))}
 
     @staticmethod
     def key(line):
@@ -72,18 +72,20 @@ class Bench:
     def loaded(self):
         """(model, tokenizer); the model's own `diffuse` and configuration are what settings change."""
         model = load_model(self.folder) if self.is_l2d else load(AutoModelForCausalLM, self.folder).eval()
-        return model, load_tokenizer(self.folder)
+        return model, load_tokenizer(self.folder, model.get_input_embeddings().num_embeddings)
 
     @cached_property
     def is_l2d(self):
         file = Path(self.folder) / "config.json"
         if not file.exists():
             raise OSError(f"{self.folder} holds no trained model (there is no {file}): train one, or name another with --out")
-        return json.loads(file.read_text(encoding="utf-8"))["model_type"] == "l2d"
+        return load(AutoConfig, self.folder).model_type == "l2d"
 
     def record(self, line):
         """Append a result to the file."""
         self.known[self.key(line)] = line
+        if self.file.exists():                           # a kill may have left half a line
+            os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
@@ -145,19 +147,21 @@ def lines_of(bench, args):
     """(name, settings) of every line, in order."""
     both = ((1.0, "sampled"), (0.0, "greedy"))
     others = {k: v for k, v in (("velocity", args.velocity), ("t_end", args.t_end), ("solver", args.solver)) if v}
+    told = "".join(f", {k}={v}" for k, v in others.items())
     if not bench.is_l2d:
         return [(f"{Path(bench.folder).name}, {kind}", {"temperature": tau}) for tau, kind in both]
     if args.guidance:
         if not {*LABELS} <= {*bench.loaded[0].config.class_names}:
             raise ValueError(f"{bench.folder} cannot be guided by the questions' labels {', '.join(LABELS)}: its classes are "
                              f"{', '.join(bench.loaded[0].config.class_names) or 'none'}; train it with --label-column label")
-        return [(f"guidance {w:g}", {"guidance": w, "steps": args.steps[-1], "kinds": KINDS[3:], "labels": True}) for w in args.guidance]
+        return [(f"guidance {w:g}{told}", {"guidance": w, "steps": args.steps[-1], "kinds": KINDS[3:], "labels": True, **others})
+                for w in args.guidance]
     if args.beams:
-        return [(f"T = {T}, {beams} beams", {"steps": T, "beams": beams, "temperature": 0.0}) for T in args.steps for beams in args.beams]
+        return [(f"T = {T}, {beams} beams{told}", {"steps": T, "beams": beams, "temperature": 0.0, **others})
+                for T in args.steps for beams in args.beams]
     if args.solver and TABLEAUS[args.solver].error:
         return [(f"{args.solver}, {tol:g}, {kind}", {"steps": 2, "temperature": tau, "atol": tol, "rtol": tol, **others})
                 for tol in args.tolerances for tau, kind in both]
-    told = "".join(f", {k}={v}" for k, v in others.items())
     lines = [(f"base, {kind}" if T == 1 else f"T = {T}{told}, {kind}", {"steps": T, "temperature": tau, **(others if T > 1 else {})})
              for T in args.steps for tau, kind in both]
     t = best_time(bench, seed=1)
@@ -241,12 +245,18 @@ def parse_args():
     from experiments import harness                      # not above: it needs this file
     harness.add_arguments(parser)
     args = parser.parse_args()
-    check_numbers(parser, vars(args))
-    if args.questions < 3:
-        parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
+    check_numbers(parser, vars(args), above_0=("tolerances", "beams"), from_0=["guidance"])
+    harness.check_arguments(parser, args)
+    check_questions(parser, args)
     if args.figure:
         check_figure(parser, args)
     return args
+
+
+def check_questions(parser, args):
+    """parser.error where there are too few."""
+    if args.questions < 3:
+        parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
 
 
 def check_figure(parser, args):
@@ -270,10 +280,22 @@ def add_models(parser):
 
 
 def model_folders(args):
-    """The models that --out or --seeds name; without either the last one trained."""
+    """The models that --out or --seeds name, each once; without either the last one trained."""
     if args.seeds is not None:
-        return [f"{base_folder(seed)}-l2d" for seed in args.seeds]
-    return args.out or [last_run("config.json", containing='"model_type": "l2d"')]
+        return [f"{base_folder(seed)}-l2d" for seed in dict.fromkeys(args.seeds)]
+    return list(dict.fromkeys(args.out or [last_run("config.json", containing='"model_type": "l2d"')]))
+
+
+def benches(args):
+    """The models with their results. ValueError: paths and ordinary checkpoints, of which different things are measured."""
+    found = [Bench(folder, args.again) for folder in model_folders(args)]
+    ordinary = [bench.folder for bench in found if not bench.is_l2d]
+    if 0 < len(ordinary) < len(found):
+        raise ValueError(f"{', '.join(ordinary)}: no trained path, unlike the other models; measure them by themselves")
+    for option in ("guidance", "beams", "figure"):
+        if ordinary and getattr(args, option):
+            raise ValueError(f"{', '.join(ordinary)}: an ordinary checkpoint, and --{option} needs a trained path")
+    return found
 
 
 def main():
@@ -284,7 +306,7 @@ def main():
     for T in args.steps:
         intervals(args.solver or "midpoint", T)          # ValueError before the measurements
     torch.set_num_threads(1)                             # for models this small, threads only wait for each other
-    lines = report([table(Bench(folder, args.again), args) for folder in model_folders(args)])
+    lines = report([table(bench, args) for bench in benches(args)])
     if args.figure:
         draw(lines, args.figure)
 

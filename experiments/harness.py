@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, GenerationConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import DATE, read_rows
-from experiments.console import pick_device
+from experiments.console import check_numbers, pick_device
 from experiments.evaluate import add_models, interval, model_folders
 from l2d import L2D, TABLEAUS, intervals
 
@@ -224,6 +224,13 @@ def add_arguments(parser):
     group.add_argument("--run-generated-code", action="store_true", help="let HumanEval and MBPP run the model's code here")
 
 
+def check_arguments(parser, args):
+    """parser.error about an option that is out of its range."""
+    check_numbers(parser, vars(args), above_0=("limit", "batch_size", "max_new_tokens"), from_0=["shots"])
+    if args.tasks is not None and not args.tasks.strip(", "):
+        parser.error(f"--tasks {args.tasks!r} names none; gsm8k, say")
+
+
 def evaluate(args, folders):
     """What the command line asks for. An error is one line, and exit code 1."""
     transformers.logging.set_verbosity_error()
@@ -246,6 +253,7 @@ def main():
     args = parser.parse_args()
     if not args.tasks:
         parser.error("--tasks is missing; gsm8k, say")
+    check_arguments(parser, args)
     evaluate(args, model_folders(args))
 
 

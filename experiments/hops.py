@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import evaluate, tiny
-from experiments.console import console
+from experiments.console import check_numbers, console
 
 LINKS, ALOUD, SILENT = 6, (1, 2, 3), (1, 2)              # links in a question; how many the base follows, and the path
 STEPS = (1, 3, 5, 7, 15, 31)
@@ -106,10 +106,12 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--workers", type=int, default=2, help="trainings side by side (default: %(default)s)")
     args = parser.parse_args()
-    for seed in args.seeds:
+    check_numbers(parser, vars(args), above_0=["workers"])
+    seeds = list(dict.fromkeys(args.seeds))              # each once: two trainings must not share a folder
+    for seed in seeds:
         prepare(seed)
     with ThreadPoolExecutor(args.workers) as pool:
-        models = list(pool.map(lambda pair: train(*pair), [(seed, s) for seed in args.seeds for s in (True, False)]))
+        models = list(pool.map(lambda pair: train(*pair), [(seed, s) for seed in seeds for s in (True, False)]))
     for name, folders in (("the paper's path", models[1::2]), ("self_condition", models[::2])):
         print(f"\n{name}")
         evaluate.report([measure(folder) for folder in folders])

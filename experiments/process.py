@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.console import console
-from experiments.evaluate import Bench, add_models, model_folders
-from experiments.tiny import KINDS, encode, questions
+from experiments.console import check_numbers, console
+from experiments.evaluate import Bench, add_models, check_questions, model_folders
+from experiments.tiny import KINDS, SPECIAL, encode, questions
 from l2d import IGNORE
 
 GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -33,6 +33,8 @@ class Tokens:
     """All answer tokens of n fresh questions: their context after the main path has run, the right tokens, their kinds."""
 
     def __init__(self, bench, n, seed):
+        if not bench.is_l2d or not {*SPECIAL} <= bench.loaded[1].get_vocab().keys():
+            raise ValueError(f"{bench.folder} is no path on a tiny base: `python train.py` makes one")
         self.model, tokenizer = bench.loaded
         rows = questions(n, seed=f"test {seed}", test=True, kinds=KINDS[:3], shares=None)
         ids, labels = encode(rows, tokenizer)
@@ -144,6 +146,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the noise (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure anew what results.jsonl already has")
     args = parser.parse_args()
+    check_numbers(parser, vars(args))
+    check_questions(parser, args)
     torch.set_num_threads(1)
     report([measure(Bench(folder, args.again), args.questions, args.seed) for folder in model_folders(args)])
     print(f"n = {args.questions} questions for each model, seed {args.seed}")

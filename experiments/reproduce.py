@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiments.console import console
+from experiments.console import check_numbers, console, read_log
 from experiments.evaluate import student
 from experiments.tiny import base_folder
 
@@ -81,7 +81,8 @@ def run(command):
     with open(log, "w", encoding="utf-8") as file:
         code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
-        raise RuntimeError(f"python {command} failed: {log.read_text(encoding='utf-8').strip().splitlines()[-1]} (see {log})")
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:] or [f"exit code {code}"]
+        raise RuntimeError(f"python {command} failed: {last[0]} (see {log})")
 
 
 def run_all(workers):
@@ -100,7 +101,7 @@ def gather():
     with open(FIGURES / "results.jsonl", "w", encoding="utf-8") as file:
         for path in sorted((ROOT / "out").glob("*/results.jsonl")):
             latest = {}                                  # a measurement made again replaces the earlier one
-            for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            for line in read_log(path, "settings"):
                 latest[json.dumps([line["name"], line["n"], line["seed"], line["settings"]])] = line
             file.writelines(json.dumps({"model": path.parent.name} | line) + "\n" for line in latest.values())
 
@@ -111,7 +112,7 @@ class Results:
     """The gathered lines, found by model and name."""
 
     def __init__(self, file):
-        self.lines = {(line["model"], line["name"]): line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+        self.lines = {(line["model"], line["name"]): line for line in read_log(file, "model")}
 
     def get(self, model, name):
         if (model, name) not in self.lines:
@@ -323,6 +324,7 @@ def main():
     parser.add_argument("--draw", action="store_true", help="run nothing: tables and figures from what has been gathered")
     parser.add_argument("--workers", type=int, default=2, help="commands side by side (default: %(default)s)")
     args = parser.parse_args()
+    check_numbers(parser, vars(args), above_0=["workers"])
     if args.list:
         print("\n\n".join("\n".join("python " + command for command in chain) for chain in chains()))
         return

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import tiny
-from experiments.console import check_numbers, console
+from experiments.console import check_numbers, console, read_log
 from l2d import L2D, L2DConfig
 
 TRAIN = [sys.executable, str(ROOT / "train.py"), "--model", "base", "--data", "chats.jsonl", "--label-column", "label", "--device", "cpu"]
@@ -53,8 +53,7 @@ def growth(samples):
 
 
 def losses(folder):
-    lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in read_log(Path(folder, "log.jsonl"), "step") if "loss" in line]
 
 
 def start(*args):
@@ -69,10 +68,12 @@ def train(args):
         time.sleep(0.2)
         if Path("long/log.jsonl").exists():              # from the first update on
             samples.append(memory(process.pid))
+    if process.returncode:
+        return False, Path("output").read_text()
     found = losses("long")
-    good = process.returncode == 0 and len(found) == args.steps and all(map(math.isfinite, found)) and growth(samples) < FLAT
+    good = len(found) == args.steps and all(map(math.isfinite, found)) and growth(samples) < FLAT
     return good, (f"{len(found)} updates, loss {found[0]:.3f} to {found[-1]:.3f}, memory {np.nanmax(samples or [math.nan]):.0f} MB, "
-                  f"{growth(samples):+.1f} MB over the second half, exit code {process.returncode}")
+                  f"{growth(samples):+.1f} MB over the second half")
 
 
 def sample(args):
@@ -97,7 +98,7 @@ def rate(args):
     code = start("--max-steps", max(10, args.steps // 10), "--lr", 1e-3, "--out", "fast", *SMALL).wait()
     found, text = losses("fast"), Path("output").read_text()
     stopped = code == 1 and "start anew with a lower --lr" in text and "Traceback" not in text
-    return stopped or (code == 0 and all(map(math.isfinite, found))), f"{len(found)} updates, loss {found[-1]:.3f}, exit code {code}"
+    return stopped or (code == 0 and all(map(math.isfinite, found))), f"{len(found)} updates, loss {(found or [math.nan])[-1]:.3f}, exit code {code}"
 
 
 def kills(args):

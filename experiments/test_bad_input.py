@@ -36,6 +36,8 @@ TRAIN = ["train.py", "--model", "base", "--data", "chats.jsonl", "--out", "new",
          "--dim", "8", "--cond-dim", "8", "--lora-rank", "2", "--device", "cpu"]
 SAMPLE = ["sample.py", "--out", "path", "--prompt", "12*3", "--steps", "3", "--max-new-tokens", "2", "--device", "cpu"]
 EVALUATE = ["experiments/evaluate.py", "--out", "path", "--questions", "3", "--steps", "1", "3"]
+PROCESS = ["experiments/process.py", "--out", "path", "--questions", "3"]
+BENCHMARK = ["experiments/benchmark.py", "--device", "cpu"]
 CONVERT = ["experiments/convert.py", "release.safetensors", "--base", "release-base", "--out", "new"]
 
 
@@ -183,10 +185,16 @@ def tokenizer(folder, **changes):
     return spoil
 
 
-def longer_tokenizer():
-    own = AutoTokenizer.from_pretrained("base")
+def longer_tokenizer(folder="base"):
+    own = AutoTokenizer.from_pretrained(folder)
     own.add_tokens(["1*1", "new"])
-    own.save_pretrained("base")
+    own.save_pretrained(folder)
+
+
+def other_roles():
+    """A path's tokenizer that is not the tiny one."""
+    for file in Path("path").glob("*token*"):
+        file.write_text(file.read_text().replace("<|user|>", "<|human|>"))
 
 
 def custom_code():
@@ -217,6 +225,7 @@ def no_disk():
 
 
 nothing = lambda: None
+no_model = lambda: os.remove("run/model.safetensors")
 DEEP = '{"messages": ' + "[" * 100_000
 RESUME = ["train.py", "--resume", "--out", "run"]
 
@@ -243,6 +252,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "no data": (nothing, [*TRAIN, "--data", "none.jsonl"], 1, ["none.jsonl"]),
     "data is a folder": (lambda: os.mkdir("folder.jsonl"), [*TRAIN, "--data", "folder.jsonl"], 1, ["folder.jsonl"]),
     "unknown hub data": (nothing, [*TRAIN, "--data", "nobody/no-such-data"], 1, ["nobody/no-such-data"]),
+    "no name of data": (nothing, [*TRAIN, "--data", ""], 1, ["''", ".jsonl"]),
     "another suffix": (write("chats.txt", "1*1"), [*TRAIN, "--data", "chats.txt"], 1, ["chats.txt", ".jsonl"]),
     "empty data": (write("bad.jsonl", ""), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row", "--help"]),
     "binary data": (write("bad.jsonl", bytes(range(256)) * 40), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row"]),
@@ -292,11 +302,16 @@ SCRIPTS = {                                              # name: (what is spoilt
     "another sigma": (nothing, [*RESUME, "--sigma", "5"], 2, ["sigma=64", "5.0"]),
     "half the options": (cut("run/args.json", 0.5), RESUME, 1, ["run/args.json", "damaged"]),
     "options that are none": (write("run/args.json", "[1]"), RESUME, 1, ["run/args.json", "damaged"]),
+    "options of another program": (write("run/args.json", "{}"), RESUME, 1, ["run/args.json", "damaged"]),
+    "a text for a number": (edit("run/args.json", batch_size="4"), RESUME, 2, ["--batch-size '4'", "above 0"]),
+    "the log of another program": (write("run/log.jsonl", '{"step": 1}\n[1]\n'), RESUME, 1, ["run/log.jsonl", "line 2", "delete"]),
     "a damaged log": (write("run/log.jsonl", "\0" * 100 + "\n"), RESUME, 1, ["run/log.jsonl", "line 1", "delete"]),
     "half a checkpoint": (cut("run/checkpoint.safetensors", 0.5), RESUME, 1, ["run/checkpoint.safetensors", "damaged", "delete"]),
     "empty checkpoint": (cut("run/checkpoint.safetensors", 0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "bit flipped in the header": (flip("run/checkpoint.safetensors", 0.01), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "bit flipped in the data": (flip("run/checkpoint.safetensors", 0.7, bit=0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
+    "a folder as checkpoint": (lambda: (os.remove("run/checkpoint.safetensors"), os.mkdir("run/checkpoint.safetensors")), RESUME, 1,
+                               ["run/checkpoint.safetensors", "cannot be read"]),
     "pickle as checkpoint": (pickled_checkpoint, RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "model as checkpoint": (lambda: shutil.copy("run/model.safetensors", "run/checkpoint.safetensors"), RESUME, 1,
                             ["run/checkpoint.safetensors", "damaged"]),
@@ -317,8 +332,12 @@ SCRIPTS = {                                              # name: (what is spoilt
     "sigma a text": (edit("path/config.json", sigma="64"), SAMPLE, 1, ["sigma='64'", "number"]),
     "sigma null": (edit("path/config.json", sigma=[1]), SAMPLE, 1, ["sigma=[1]", "number"]),
     "half a rank": (edit("path/config.json", lora_rank=1.5), SAMPLE, 1, ["lora_rank=1.5", "whole"]),
+    "classes that are no list": (edit("path/config.json", class_names=5), SAMPLE, 1, ["path/config.json", "damaged"]),
+    "a config that is none": (write("path/config.json", "[1]"), SAMPLE, 1, ["path/config.json", "damaged"]),
+    "the end a text": (edit("path/config.json", t_end="1"), SAMPLE, 1, ["path/config.json", "damaged"]),
     "half a path's config": (cut("path/config.json", 0.5), SAMPLE, 1, ["path/config.json", "JSON"]),
     "no tokenizer": (lambda: [f.unlink() for f in Path("path").glob("tokenizer*")], SAMPLE, 1, ["path", "tokenizer"]),
+    "a token that the base has not": (lambda: longer_tokenizer("path"), [*SAMPLE, "--prompt", "1*1"], 1, ["46 tokens", "only 44", "path"]),
     "no template to answer with": (tokenizer("path", chat_template=None), SAMPLE, 1, ["path", "no chat template"]),
     "broken template": (tokenizer("path", chat_template="{% if %}"), SAMPLE, 1, ["template"]),
     "steps 0": (nothing, [*SAMPLE, "--steps", "0"], 1, ["steps=0", "1 or more"]),
@@ -349,6 +368,33 @@ SCRIPTS = {                                              # name: (what is spoilt
     "a figure of guidance": (nothing, [*EVALUATE, "--guidance", "1", "--figure", "a.png"], 2, ["--figure", "--guidance"]),
     "a figure without the base": (nothing, [*EVALUATE, "--steps", "3", "--figure", "a.png"], 2, ["--figure", "--steps", "1"]),
     "a figure of no format": (nothing, [*EVALUATE, "--figure", "a.docx"], 2, ["a.docx", "png"]),
+    "measure a folder of another program": (edit("path/config.json", model_type=None), EVALUATE, 1, ["path", "model_type"]),
+    "no beams": (nothing, [*EVALUATE, "--beams", "1", "0"], 2, ["--beams 0", "above 0"]),
+    "no tolerance": (nothing, [*EVALUATE, "--solver", "bosh3", "--tolerances", "0.1", "-1"], 2, ["--tolerances -1.0", "above 0"]),
+    "measure guidance nan": (nothing, [*EVALUATE, "--guidance", "nan"], 2, ["--guidance nan", "0 or more"]),
+    "models of seed -1": (nothing, [EVALUATE[0], "--seeds", "0", "-1"], 2, ["--seeds -1", "4194303"]),
+    "guidance of an ordinary checkpoint": (nothing, [*EVALUATE, "--out", "base", "--guidance", "2"], 1, ["base", "--guidance", "trained path"]),
+    "paths among ordinary checkpoints": (nothing, [*EVALUATE, "--out", "path", "base"], 1, ["base", "by themselves"]),
+    "damaged results": (write("path/results.jsonl", "{}\n"), EVALUATE, 1, ["path/results.jsonl", "line 1", "delete"]),
+    "no benchmark": (nothing, [*EVALUATE, "--tasks", ","], 2, ["--tasks ','", "gsm8k"]),
+    "batches of 0": (nothing, [*EVALUATE, "--tasks", "gsm8k", "--batch-size", "0"], 2, ["--batch-size 0", "above 0"]),
+    "-1 shots": (nothing, ["experiments/harness.py", "--tasks", "gsm8k", "--shots", "-1"], 2, ["--shots -1", "0 or more"]),
+    "inside nothing": (nothing, [*PROCESS, "--out", "nowhere"], 1, ["nowhere"]),
+    "inside without questions": (nothing, [*PROCESS, "--questions", "0"], 2, ["--questions 0", "3 or more"]),
+    "inside an ordinary checkpoint": (nothing, [*PROCESS, "--out", "base"], 1, ["base", "no path on a tiny base"]),
+    "inside of no tiny base": (other_roles, PROCESS, 1, ["path", "no path on a tiny base"]),
+    "hops of seed -1": (nothing, ["experiments/hops.py", "--seeds", "-1"], 2, ["--seeds -1", "4194303"]),
+    "hops without workers": (nothing, ["experiments/hops.py", "--workers", "0"], 2, ["--workers 0", "above 0"]),
+    "reproduce without workers": (nothing, ["experiments/reproduce.py", "--workers", "0"], 2, ["--workers 0", "above 0"]),
+    "a tiny base in a folder of something else": (no_model, ["experiments/tiny.py", "--out", "run"], 1, ["run", "no model", "delete"]),
+    "a tiny base in a file": (nothing, ["experiments/tiny.py", "--out", "chats.jsonl"], 1, ["chats.jsonl", "no model"]),
+    "show no questions": (nothing, ["experiments/tiny.py", "--show", "0"], 2, ["--show 0", "above 0"]),
+    "time steps 2": (nothing, [*BENCHMARK, "--steps", "2"], 1, ["steps=2", "1 and 3"]),
+    "time batches of 0": (nothing, [*BENCHMARK, "--batch", "0"], 2, ["--batch 0", "above 0"]),
+    "time nothing": (nothing, [*BENCHMARK, "--rounds", "0"], 2, ["--rounds 0", "above 0"]),
+    "time an absent device": (nothing, [*BENCHMARK, "--device", "cuda:77"], 1, ["cuda:77", "cpu"]),
+    "times into no folder": (nothing, [*BENCHMARK, "--json", "none/times.jsonl"], 1, ["none/times.jsonl"]),
+    "soak without kills": (nothing, ["experiments/soak.py", "--kills", "0"], 2, ["--kills 0", "above 0"]),
     # converting
     "convert nothing": (nothing, [CONVERT[0], "none.pt", *CONVERT[2:]], 1, ["none.pt"]),
     "convert half": (cut("release.safetensors", 0.5), CONVERT, 1, ["release.safetensors", "damaged"]),
@@ -361,6 +407,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "convert into a file": (nothing, [*CONVERT, "--out", "chats.jsonl"], 1, ["chats.jsonl", "folder"]),
     "convert into its base": (nothing, [*CONVERT, "--out", "release-base"], 2, ["release-base", "overwrite"]),
     "convert sigma -1": (nothing, [*CONVERT, "--sigma", "-1"], 2, ["-1", "positive"]),
+    "convert a name twice": (nothing, [*CONVERT, "--class-names", "a", "b", "a"], 1, ["must differ", "a, b, a"]),
     "convert too many names": (nothing, [*CONVERT, "--class-names", "a", "b"], 1, ["2 class names", "0 classes"]),
 }
 
@@ -404,12 +451,20 @@ def test_what_is_right_goes_through(script, args, here, monkeypatch, capsys):
 
 def test_rows_of_no_use_are_counted_and_the_others_learnt(here, monkeypatch, capsys):
     rows(*[chat()] * 20, {"text": "1"}, chat(answer="1" * 300), chat("\ud800"), 7)()
+    Path("bad.jsonl").write_bytes(b"\xef\xbb\xbf" + Path("bad.jsonl").read_bytes())        # the mark that some editors write
     monkeypatch.setattr(sys, "argv", [*TRAIN, "--data", "bad.jsonl"])
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     out = capsys.readouterr().out
     for text in ("18 examples, 2 held out", "left out 1 (of 24 rows): not a JSON object", "left out 1 (of 24 rows): no messages",
                  "left out 1 (of 24 rows): longer than 128 tokens", "left out 1 (of 24 rows): half characters"):
         assert text in out
+
+
+def test_an_answer_ends_where_the_context_does(here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*SAMPLE[:3], "--prompt", "1" * 116, "--max-new-tokens", "50", "--steps", "1", "--device", "cpu"])
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+    tokens = [int(line.split(", ")[-2].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("T = 1")]
+    assert tokens == [128 - 119]
 
 
 def test_no_source_trusts_remote_code_or_unpickles():

@@ -130,7 +130,7 @@ def test_errors_of_a_data_set_are_one_line(monkeypatch):
     def fail(*args, **kwargs):
         raise datasets.exceptions.DatasetGenerationError("An error occurred\nwhile generating")      # an Exception, no OSError
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(OSError, match="the data set some/data cannot be loaded: An error occurred while generating"):
+    with pytest.raises(OSError, match="no data can be loaded from 'some/data'; .* An error occurred while generating"):
         chats.read_rows("some/data")
 
 
@@ -484,3 +484,15 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(here, monkeypat
     code = run("experiments/" + command[0], *command[1:])
     line = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"{command[0]}: error: ") and package in line and line.endswith("pip install -r experiments/requirements.txt")
+
+
+# ---- Quantised bases -------------------------------------------------------------------------------------------------
+
+def test_a_quantised_base_takes_lora_alone_and_no_merging(here):
+    base = AutoModelForCausalLM.from_pretrained("base")
+    base.is_quantized, base.config.quantization_config = True, {"load_in_8bit": True}       # what the library says of such a base
+    with pytest.raises(ValueError, match="path=full needs a base that is not quantised: use lora"):
+        L2D(L2DConfig(path="full"), base)
+    model = L2D(L2DConfig(dim=8, cond_dim=8), base)
+    with pytest.raises(ValueError, match="leave out merge_lora"):
+        model.merge_lora()

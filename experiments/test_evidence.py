@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments import hops, process, reproduce, tiny
-from experiments.evaluate import Bench, interval, student
+from experiments.evaluate import Bench, interval, lines_of, student
 from experiments.finetune import Adapted, Finetuned
 from l2d import L2D, L2DConfig
 from test_l2d import run
@@ -91,6 +92,22 @@ def test_results_are_kept_and_read_again(folder):
     assert again.measure("base", n=30, steps=1, temperature=0.0) == first
     with pytest.raises(TypeError):
         again.measure("base", n=30, steps=3, temperature=0.0)
+
+
+def test_half_a_line_that_a_kill_leaves_of_the_results_is_cut_off(folder, tmp_path):
+    file = tmp_path / "results.jsonl"
+    line = {"name": "one", "n": 3, "seed": 0, "kinds": [], "settings": {}}
+    file.write_text(json.dumps(line) + '\n{"name": "tw')
+    Bench(tmp_path).record(line | {"name": "three"})
+    assert [found["name"] for found in map(json.loads, file.read_text().splitlines())] == ["one", "three"]
+    assert len(Bench(tmp_path).known) == 2 and len(Bench(tmp_path, again=True).known) == 0
+
+
+@pytest.mark.parametrize("what", [{"guidance": [2.0], "beams": None}, {"guidance": None, "beams": [2]}])
+def test_guidance_and_beams_are_measured_with_the_solver_that_was_asked_for(folder, what):
+    asked = {"velocity": "sample", "t_end": 0.9, "solver": "euler"}
+    (name, settings), = lines_of(Bench(folder / "l2d"), SimpleNamespace(steps=[3], **asked, **what))
+    assert asked.items() <= settings.items() and "solver=euler" in name
 
 
 def test_settings_of_one_line_do_not_reach_the_next(folder):

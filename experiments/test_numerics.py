@@ -433,9 +433,12 @@ def test_adaptive_ends_within_its_cap_and_says_how_far_it_came(field, solver, ca
 
 
 @pytest.mark.parametrize("cap", [2, 3, 7, 40])
-def test_the_cap_of_a_model_counts_the_answer(cap):
+def test_the_cap_of_a_model_counts_the_answer(cap, monkeypatch):
     model = tiny_l2d(solver="bosh3", atol=1e-9, rtol=1e-9, velocity="expectation", max_evaluations=cap)
+    real, times = model.logits, []
+    monkeypatch.setattr(model, "logits", lambda x, t, context: (times.append(torch.as_tensor(t)), real(x, t, context))[1])
     assert model(IDS, seeds=SEEDS).logits.isfinite().all() and model.evaluations.max() <= cap
+    assert (times[-1] < 0.95).all()                      # the answer is taken where the cap ended it
 
 
 def test_fixed_solvers_in_float32():

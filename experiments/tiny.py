@@ -22,6 +22,7 @@ import os
 import random
 import shutil
 import string
+import sys
 import zlib
 from pathlib import Path
 
@@ -29,6 +30,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from experiments.console import check_numbers, console
 
 KINDS = ("math", "string", "fact", "hidden")
 LABELS = ("math", "string", "fact")
@@ -178,6 +183,8 @@ def prepare(folder=None, seed=0, n_train=64_000, n_test=1_020, until=0.42):
     if (folder / "model.safetensors").exists():
         print(f"tiny base: {folder} (made earlier; delete the folder to make it again)")
         return folder
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):      # before the training, which takes a minute
+        raise ValueError(f"{folder} is there, but holds no model to use: delete it, or move it away")
     tokenizer = make_tokenizer()
     model = train_base(tokenizer, seed, until)
     save(folder, model, tokenizer, train=questions(n_train, seed=f"train {seed}"),
@@ -192,6 +199,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of the base's training (default: %(default)s)")
     parser.add_argument("--show", type=int, metavar="N", help="only print N questions")
     args = parser.parse_args()
+    check_numbers(parser, vars(args), above_0=["show"])
     if args.show:
         for row in questions(args.show, args.seed, shares=None):
             print(f"{row['label']:8}{row['messages'][0]['content']:12} -> {row['messages'][1]['content']}")
@@ -200,4 +208,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with console("tiny.py"):
+        main()
