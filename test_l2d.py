@@ -1422,11 +1422,12 @@ def test_an_update_is_clipped_and_goes_as_far_as_the_learning_rate_of_its_step()
 
 
 def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own(monkeypatch):
-    model, batches = tiny_l2d(), []
+    model, batches, cut = tiny_l2d(), [], train_script.micro_batches
+    data = [{"input_ids": [n, n], "answer": 1, "label": None} for n in range(6)]
     optimizer = torch.optim.SGD(model.path_parameters().values(), lr=9.0)
-    monkeypatch.setattr(train_script, "micro_batches", lambda batch, *_: batches.append(batch) or [])
+    monkeypatch.setattr(train_script, "micro_batches", lambda batch, *rest: batches.append(batch) or cut(batch, *rest))
     for step in range(4):
-        train_script.update(step, model, optimizer, [{"input_ids": [n, n], "answer": 1} for n in range(6)], SimpleNamespace(**TRAINING), 0)
+        train_script.update(step, model, optimizer, data, SimpleNamespace(**TRAINING), 0)
     epochs = [[e["input_ids"][0] for e, _ in batches[i] + batches[i + 1]] for i in (0, 2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6)) and epochs[0] != epochs[1]
     assert len({seed for batch in batches for _, seed in batch}) == 12
