@@ -24,7 +24,7 @@ only the path's own parameters, LoRA-thin, are trained.
     paper           here                      shape      what it is
     y               labels, targets           [M]        the token after position k, in 0..V-1
     V_y (Eq. 5)     vocabulary.table()        [V, d]     every token's x_1: normalised to length sqrt(d)
-    x_0, x_t, x_1   x_0, x_t, x_1             [M, d]     noise, state at time t, token; always float32
+    x_0, x_t, x_1   x_0, x_t, x_1             [M, d]     noise, state at time t, token; always float32 (x̂: x_hat, previous)
     sigma           config.sigma              scalar     standard deviation of the noise x_0
     t               t                         [M, 1]     0 is noise, 1 is the token (or one float for all)
     f               f                         [M, D]     hidden state of the path
@@ -32,7 +32,7 @@ only the path's own parameters, LoRA-thin, are trained.
     w_d(t)          output_weight             [M, D]     how much of f is added to the LM's hidden state
 
 Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads
-of size E, G of which share their keys, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
+of size E on H_kv key heads, G = H / H_kv on each, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
 """
 
 import copy
@@ -57,7 +57,7 @@ SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_at
          "intermediate_size")                            # what a base must share with the one the path was trained on
 
 
-# ---- Settings --------------------------------------------------------------------------------------------------------
+# ---- Settings (to be skipped at first reading) -----------------------------------------------------------------------
 class L2DConfig(PretrainedConfig):
     """Everything about a diffusion path: the first block is fixed by training, the second may change at any time.
     base_model       hub name or folder of the frozen LM; text_config is that LM's own configuration
@@ -345,9 +345,9 @@ class Block(nn.Module):
         q = rotate(q, context.cos, context.sin)
         return self.o_proj(context.attend(i, q, attn.scaling), attn.o_proj)
 
-    def mlp(self, n, mlp):                               # [M, D] -> [M, D]
-        gate = mlp.act_fn(self.gate_proj(n, mlp.gate_proj))
-        return self.down_proj(gate * self.up_proj(n, mlp.up_proj), mlp.down_proj)
+    def mlp(self, n, lm_mlp):                            # [M, D] -> [M, D]
+        gate = lm_mlp.act_fn(self.gate_proj(n, lm_mlp.gate_proj))
+        return self.down_proj(gate * self.up_proj(n, lm_mlp.up_proj), lm_mlp.down_proj)
 
 
 # ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
@@ -495,13 +495,13 @@ class L2D(PreTrainedModel, GenerationMixin):
     def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
              inputs_embeds=None, class_ids=None, seeds=None):
         """Run the frozen LM over the tokens once, and collect what the path needs at the positions `keep` [B, S] (bool).
-        past_key_values grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
+        past_key_values, a cache, grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
         noise of a row, drawn from torch's generator if None. Returns a Context of M = keep.sum() queries."""
         B, S = keep.shape
-        past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # or a static cache counts it on
+        past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # copied: a static cache counts on
         position_ids = (past + torch.arange(S, device=keep.device) if position_ids is None else position_ids).expand(B, S)
         lm, norm = self.base.model, self.base.model.norm
-        lm.norm = nn.Identity()                          # the path is added before the last norm, where models return nothing
+        lm.norm = nn.Identity()                          # the path is added before the last norm; what is there, no LM returns
         try:
             hidden = lm(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
                         position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
@@ -532,13 +532,13 @@ class L2D(PreTrainedModel, GenerationMixin):
         see = key <= column
         if attention_mask is not None:
             see = see & F.pad(attention_mask.bool(), (0, len(key) - attention_mask.shape[1]))[:, None, None]
-        see = see | (key == column)                      # a query on padding sees itself: unused, but finite
+        see = see | (key == column)                      # a query on padding, never used, sees itself: else NaN
         config, masks = self.base.config, {}
         types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in types]
         for window in set(windows):                      # None where a block sees everything
-            hidden = ~see if window is None else ~see | (key <= column - window)
-            mask = torch.zeros(hidden.shape, dtype=self.base.dtype, device=keep.device).masked_fill(hidden, -math.inf)
+            unseen = ~see if window is None else ~see | (key <= column - window)
+            mask = torch.zeros(unseen.shape, dtype=self.base.dtype, device=keep.device).masked_fill(unseen, -math.inf)
             masks[window] = mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)[..., :length]
         return [masks[window] for window in windows], slots, N
 

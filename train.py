@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import os
-import signal
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -30,14 +30,14 @@ from transformers import AutoConfig
 from experiments.card import card
 from experiments.chats import load_data, permutation
 from experiments.console import (check_numbers, check_out, console, load, load_base, load_options, load_tensors, load_tokenizer,
-                                 read_log, save_tensors, write_text)
+                                 prepare_out, save_tensors, write_text)
 from experiments.flops import progress
-from experiments.parallel import (adding_up, any_of, check_batch, from_first, gathered, own_device, parallel, processes, rank, share,
-                                  sharded, total, world)
-from l2d import IGNORE, L2D, L2DConfig
+from experiments.parallel import (adding_up, any_of, check_processes, from_first, gathered, interrupts, own_device, parallel, processes, rank,
+                                  share, sharded, total, world)
+from l2d import IGNORE, PATHS, TIMESTEPS, L2D, L2DConfig
 
-CHOICES = {"dtype": ("bfloat16", "float32"), "method": ("l2d", "lora", "full"), "self_condition": (0, 1),
-           "gradient_checkpointing": (0, 1), "shard": (0, 1)}
+CHOICES = {"dtype": ("bfloat16", "float32"), "method": ("l2d", "lora", "full"), "path": PATHS, "timesteps": TIMESTEPS,
+           "self_condition": (0, 1), "gradient_checkpointing": (0, 1), "shard": (0, 1)}
 
 OPTIONS = {                                              # name: (default, default of the tiny model, help)
     "model and data": {
@@ -52,11 +52,11 @@ OPTIONS = {                                              # name: (default, defau
         "sigma": (64.0, 3.0, "noise scale"),
         "dim": (256, 64, "size of the diffusion state"),
         "cond_dim": (256, 64, "size of the conditioning vector"),
-        "path": ("lora", "lora", "lora, full (trained copies of the layers) or scratch (the same, freshly initialised)"),
+        "path": ("lora", "lora", "its five layers in a block: the LM's with a LoRA update, full: trained copies, scratch: fresh ones"),
         "lora_rank": (32, 32, "rank of the updates"),
         "lora_alpha": (32.0, 32.0, "their scale, times the rank"),
         "self_condition": (0, 0, "1: the path also sees its previous estimate (not in the paper)"),
-        "timesteps": ("uniform", "uniform", "how t is drawn: uniform or cosmap"),
+        "timesteps": ("uniform", "uniform", "how t is drawn"),
         "class_dropout": (0.2, 0.2, "share of positions trained without their class")},
     "optimisation (Table 3)": {
         "max_steps": (None, 2000, "updates (default: as many as --epochs makes)"),
@@ -90,7 +90,8 @@ def parse_args():
                                choices=CHOICES.get(name))
     parser.add_argument("--resume", action="store_true", help="continue the run in --out (default: the last one)")
     given = vars(parser.parse_args())
-    args = {k: row["model" not in given] for group in OPTIONS.values() for k, row in group.items()}
+    column = 0 if "model" in given else 1
+    args = {k: row[column] for group in OPTIONS.values() for k, row in group.items()}
     if given["resume"]:                                  # with the run's own options: else the result would be neither run's
         args["out"] = given.get("out") or str(last_run("args.json"))
         args |= load_options(args["out"]) | {"out": args["out"]}
@@ -182,17 +183,20 @@ def validate(model, data, args, pad):
             right[T].append((answer == labels[labels != IGNORE]).float())
     model.train()
     losses, bands = gathered(losses), (gathered(times) * 5).long()
-    result = {"val_loss": losses.mean().item()}
+    result = {"examples": len(data) // world() * world(), "val_loss": losses.mean().item()}
     result |= {f"t<{b / 5 + 0.2:.1f}": losses[bands == b].mean().item() for b in range(5) if b in bands and args.method == "l2d"}
     return result | {f"accuracy_T{T}": gathered(hits).mean().item() for T, hits in right.items()}
 
 
 def save_checkpoint(step, model, optimizer, args):
-    """Everything that continues the run after `step` updates, in one file, which replaces the last one when it is whole."""
+    """Everything that continues the run after `step` updates, in one file, which replaces the last one when it is whole; and the
+    path as it is now, to be tried with sample.py."""
     tensors = {"step": torch.tensor(step)}
     for name, p in model.path_parameters().items():
         tensors |= {f"{key}.{name}": value for key, value in [("path", p.detach()), *optimizer.state[p].items()]}
     save_tensors(tensors, Path(args.out) / "checkpoint.safetensors")
+    if args.method == "l2d":
+        model.save_pretrained(Path(args.out) / "so-far")
 
 
 def load_checkpoint(model, optimizer, args):
@@ -212,7 +216,7 @@ def build(args):
     """(model, tokenizer, training examples, validation examples); fills in what args leave open. What can be wrong with the
     options is found before the data are read, which may take long."""
     check_out(args.out, args.resume)
-    check_batch(args.batch_size)
+    check_processes(args)
     args.device = own_device(args.device)
     if args.model is None:
         from experiments.tiny import prepare
@@ -220,6 +224,7 @@ def build(args):
         if args.data == "made on the spot":
             args.data = os.path.join(args.model, "train.jsonl")
     settings = {k: getattr(args, k) for k in OPTIONS["diffusion path"]}
+    print(f"data: {args.data}; device: {args.device}")
     lm = load(AutoConfig, args.model)
     L2DConfig(**settings).check(lm)
     tokenizer = load_tokenizer(args.model, lm.vocab_size)
@@ -227,7 +232,7 @@ def build(args):
     train, held_out = load_data(args.data, tokenizer, max_length, args.label_column, args.validation)
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32"))
     base = load_base(args.model, dtype=dtype)
-    base = (sharded(base, args) if args.shard else base).to(args.device)
+    base = (sharded(base, args.device) if args.shard else base).to(args.device)
     labels = sorted({e["label"] for e in train if e["label"] is not None}) if args.label_column else []
     torch.manual_seed(args.seed)
     if args.method == "l2d":
@@ -237,20 +242,17 @@ def build(args):
         from experiments.finetune import Finetuned
         model = Finetuned(base, args.method, args.lora_rank, args.lora_alpha, args.gradient_checkpointing)
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(train) / args.batch_size)
-    name = os.path.basename(os.path.normpath(args.model)) + f"-{args.method}"
-    free = (f"out/{name}{n}" for n in ("", *range(-2, -10_000, -1)) if not os.path.exists(f"out/{name}{n}"))
-    args.out = args.out or from_first(lambda: next(free))
+    name = f"out/{os.path.basename(os.path.normpath(args.model))}-{args.method}"
+    names = (name, *(f"{name}-{n}" for n in range(2, 10_000)))
+    args.out = args.out or from_first(lambda: next(n for n in names if not os.path.exists(n)))
     return parallel(model), tokenizer, train, held_out
 
 
-def prepare_out(args, tokenizer, step):
-    """The output folder: the options, the tokenizer, and the log without lines of updates that a kill has undone."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
-    tokenizer.save_pretrained(out)
-    lines = [line for line in read_log(out / "log.jsonl", "step") if line["step"] <= step]
-    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+def finish(model, out):
+    """The trained model and its card, in the place of the one so far."""
+    model.save_pretrained(out)
+    write_text(out / "README.md", card(out))             # for the hub
+    shutil.rmtree(out / "so-far", ignore_errors=True)
 
 
 def train(args):
@@ -265,8 +267,7 @@ def train(args):
           f"{args.max_steps:,} steps of {args.batch_size} on {f'{world()} x ' * (world() > 1)}{args.device}; writing to {out}/")
     from_first(lambda: prepare_out(args, tokenizer, step))
     log = open(out / "log.jsonl" if rank() == 0 else os.devnull, "a", encoding="utf-8", buffering=1)
-    stop = []                                            # Ctrl-C ends the run after the update it falls in
-    signal.signal(signal.SIGINT, lambda *_: stop.append(True) or world() > 1 or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    stop = interrupts()
     with tqdm(total=args.max_steps, initial=step, desc="training", unit=" steps", disable=rank() > 0) as bar:
         while step < args.max_steps and not any_of(stop):
             start = time.perf_counter()
@@ -277,8 +278,8 @@ def train(args):
             print(json.dumps(line), file=log)
             if len(held_out) >= world() and (step % args.eval_every == 0 or step == args.max_steps):
                 result = validate(model, held_out, args, tokenizer.pad_token_id or 0)
-                print(json.dumps({"step": step, "examples": len(held_out)} | result), file=log)
-                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+                print(json.dumps({"step": step} | result), file=log)
+                bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in result.items() if name != "examples"))
             if step % args.save_every == 0 and step < args.max_steps:
                 from_first(lambda: save_checkpoint(step, model, optimizer, args))
     from_first(lambda: save_checkpoint(step, model, optimizer, args))        # also where Ctrl-C came after the last update
@@ -286,8 +287,7 @@ def train(args):
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with: python train.py --resume --out {out}")
         sys.exit(130)
-    from_first(lambda: model.save_pretrained(out))
-    from_first(lambda: write_text(out / "README.md", card(out)))     # a model card, for the hub
+    from_first(lambda: finish(model, out))
     print(f"saved in {out}/; now: python {'sample.py --steps 127 --out' if args.method == 'l2d' else 'train.py --model'} {out}")
 
 

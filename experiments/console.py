@@ -42,8 +42,12 @@ def console(script):
         sys.exit(f"{script}: error: {one_line(error)}: pip install -r requirements.txt -r experiments/requirements.txt")
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
         where = "in the chat template: " if isinstance(error, TemplateError) else ""
-        full = ": make room, then start again (train.py: with --resume)" if getattr(error, "errno", 0) == errno.ENOSPC else ""
-        sys.exit(f"{script}: error: {where}{one_line(error)}{full}")
+        remedy = ""
+        if isinstance(error, torch.OutOfMemoryError):
+            remedy = ": use smaller batches (train.py: --resume with a smaller --micro-batch-size or --gradient-checkpointing 1)"
+        elif getattr(error, "errno", 0) == errno.ENOSPC:
+            remedy = ": make room, then start again (train.py: with --resume)"
+        sys.exit(f"{script}: error: {where}{one_line(error)}{remedy}")
 
 
 def one_line(error, most=1000):
@@ -225,3 +229,14 @@ def read_log(file, key):
         except (ValueError, TypeError, LookupError):
             raise ValueError(f"{file} is damaged in line {number}: delete that line, or the file") from None
     return found
+
+
+def prepare_out(args, tokenizer, step):
+    """The output folder of a run: its options, the tokenizer, the log without lines of updates that a kill has undone."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
+    for folder in (out, out / "so-far"):
+        tokenizer.save_pretrained(folder)
+    lines = [line for line in read_log(out / "log.jsonl", "step") if line["step"] <= step]
+    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

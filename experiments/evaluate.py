@@ -232,7 +232,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
     parser.add_argument("--questions", type=int, default=1020, help="how many (default: %(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 7, 15, 31], help="T (default: 1 3 7 15 31)")
+    parser.add_argument("--steps", type=int, nargs="+", help="T (default: 1 3 7 15 31; with --tasks 1 15)")
     parser.add_argument("--solver", choices=TABLEAUS, help="(default: midpoint)")
     parser.add_argument("--velocity", choices=VELOCITIES, help="(default: argmax)")
     parser.add_argument("--t-end", type=float, help="where the integration stops (default: the solver's)")
@@ -245,6 +245,7 @@ def parse_args():
     from experiments import harness                      # not above: it needs this file
     harness.add_arguments(parser)
     args = parser.parse_args()
+    args.steps = args.steps or ([1, 15] if args.tasks else [1, 3, 7, 15, 31])
     check_numbers(parser, vars(args), above_0=("tolerances", "beams"), from_0=["guidance"])
     harness.check_arguments(parser, args)
     check_questions(parser, args)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from l2d import IGNORE, L2D, LoRALinear
@@ -82,8 +83,10 @@ class Finetuned(nn.Module):
     def token_losses(self, input_ids, labels, attention_mask=None, **passed_along):
         """The cross entropy of every labelled token: losses [M], and zeros [M] in the place of L2D's times."""
         keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))
-        logits = self.base.lm_head(self.hidden(keep, input_ids, attention_mask).to(self.base.lm_head.weight.dtype))
-        losses = F.cross_entropy(logits.float(), labels[:, 1:][keep[:, :-1]], reduction="none")
+        hidden, targets = self.hidden(keep, input_ids, attention_mask).to(self.base.lm_head.weight.dtype), labels[:, 1:][keep[:, :-1]]
+        cross_entropy = lambda h, y: F.cross_entropy(self.base.lm_head(h).float(), y, reduction="none")
+        losses = torch.cat([checkpoint(cross_entropy, h, y, use_reentrant=False)                  # in chunks, as in L2D.cross_entropy
+                            for h, y in zip(hidden.split(1024), targets.split(1024))])
         return losses, torch.zeros_like(losses)
 
     def forward(self, input_ids, labels=None, attention_mask=None, logits_to_keep=None, num_items_in_batch=None, **passed_along):

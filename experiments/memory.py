@@ -1,12 +1,12 @@
 """The memory that training takes, from a model's sizes alone.
 
     python experiments/memory.py                                                the README's table
-    python experiments/memory.py --length 4096 --micro-batch-size 1             other sizes
+    python experiments/memory.py --length 4096 --micro-batch-size 2             other sizes
 
 Counted are the frozen base in bfloat16; 16 bytes per trained parameter (float32 weight, gradient, AdamW's two moments) and 2 for
 its bfloat16 copy; keys and values of all tokens, and what the backward pass needs of every answer token (`activations`); one chunk
-of logits. What the allocator loses is not. test_ecosystem.py checks the activations against those that PyTorch keeps, byte by
-byte, and benchmark.py the whole on a GPU."""
+of logits. What the allocator loses is not. test_training.py checks the activations against what PyTorch keeps for the backward pass
+(within a tenth), and benchmark.py the whole on a GPU."""
 
 import argparse
 import sys
@@ -47,19 +47,18 @@ def training(base, model, rows, length, answers, gradient_checkpointing=False):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=2048, help="tokens in a sequence (default: %(default)s)")
-    parser.add_argument("--answers", type=int, help="of them, answers (default: half)")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences (default: %(default)s)")
+    parser.add_argument("--micro-batch-size", type=int, nargs="+", default=[4, 1], help="sequences (default: 4 1)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args) | {"seed": 0}, above_0=("length", "answers", "micro_batch_size"))
-    answers = args.answers or args.length // 2
-    print(f"GB (10^9 bytes) at {args.micro_batch_size} x {args.length:,} tokens, {answers:,} of each answers; c: --gradient-checkpointing 1\n")
-    print("| base | its weights | trained | keys | activations | logits | **in all** | activations, c | **in all, c** |")
-    print("|---|" + 8 * "---:|")
+    check_numbers(parser, vars(args), above_0=("length", "micro_batch_size"))
+    cases = [(rows, answers, c) for rows in args.micro_batch_size for answers in (args.length // 2, args.length) for c in (False, True)]
+    print(f"GB (10^9 bytes) in all, at so many sequences of {args.length:,} tokens, half or all of them answers; c: --gradient-checkpointing 1\n")
+    names = [f"{rows}, {'half' if answers < args.length else 'all'}{', c' * c}" for rows, answers, c in cases]
+    print("| base | its weights | trained | " + " | ".join(names) + " |\n|---|" + "---:|" * (2 + len(cases)))
     for name, config in SHAPES.items():
         if name not in ("nano", "small"):
             base, model = model_of(config)
-            plain, less = (training(base, model, args.micro_batch_size, args.length, answers, c) for c in (False, True))
-            cells = [*plain.values(), sum(plain.values()), less["activations"], sum(less.values())]
+            found = [training(base, model, rows, args.length, answers, c) for rows, answers, c in cases]
+            cells = [found[0]["base"], found[0]["trained"], *(sum(each.values()) for each in found)]
             print(f"| {name} | " + " | ".join(f"{cell / 1e9:.1f}" for cell in cells) + " |")
 
 

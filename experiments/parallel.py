@@ -1,6 +1,6 @@
 """Several processes train one model: torchrun --nproc-per-node N train.py ...
 
-Every process holds the model, takes its share of each batch and adds its gradients to the others' (PyTorch's DDP). Which
+Every process holds the model, takes its share of each batch and averages its gradients with the others' (PyTorch's DDP). Which
 examples and which noise make an update depends on (seed, step) alone, so any number of processes follows the same curve, and
 a run continues on another number. With --shard, a process keeps its part only of every frozen layer (FSDP) and fetches the
 others' when the layer is used. The first process alone writes and prints. Without torchrun, nothing here does anything."""
@@ -17,26 +17,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.console import pick_device
+from experiments.console import one_line, pick_device
 
 
-class Alone(RuntimeError):
-    """The other processes have gone."""
-
-    def __init__(self):
-        super().__init__("another process of this run has ended, or all were told to, so this one ends too; torchrun says below which "
-                         "was the first. Continue with --resume, on any number of processes")
+GONE = ("another process of this run has ended, or all were told to, so this one ends too; torchrun says below which was the first. "
+        "Continue with --resume, on any number of processes")
 
 
 @contextmanager
 def processes():
-    """Around a script: join the processes that torchrun started with it. Alone: another one has ended."""
+    """Around a script: join the processes that torchrun started with it. RuntimeError: another one has ended."""
     if "LOCAL_RANK" not in os.environ:
         yield
         return
 
     def terminated(*signal_and_frame):                   # by torchrun, when it has lost one of us
-        raise Alone()
+        raise RuntimeError(GONE)
     signal.signal(signal.SIGTERM, terminated)
     dist.init_process_group()                            # gloo for tensors on the CPU, NCCL for those on GPUs
     if rank():
@@ -44,7 +40,9 @@ def processes():
     try:
         yield
     except RuntimeError as error:
-        raise Alone() if isinstance(error, dist.DistError) or "gloo" in str(error) else error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RuntimeError(f"{GONE} ({one_line(error, 300)})") from None
+        raise
     dist.destroy_process_group()
 
 
@@ -65,12 +63,17 @@ def own_device(wanted):
     return device
 
 
-def check_batch(batch_size):
-    """ValueError: the batch cannot be split evenly."""
-    if batch_size % world():
-        below = batch_size // world() * world()
-        raise ValueError(f"--batch-size {batch_size} must be a multiple of the {world()} processes; the nearest are "
+def check_processes(args):
+    """ValueError: the batch cannot be split evenly, or the base not at all."""
+    if args.batch_size % world():
+        below = args.batch_size // world() * world()
+        raise ValueError(f"--batch-size {args.batch_size} must be a multiple of the {world()} processes; the nearest are "
                          f"{below or below + world()} and {below + world()}")
+    if args.shard and world() == 1:
+        raise ValueError("--shard 1 splits the base over several processes: start them with torchrun --nproc-per-node N train.py ...")
+    if args.shard and (args.method, args.path) != ("l2d", "lora"):
+        raise ValueError(f"--shard 1 is for a base that stays as it is, and --method {args.method} --path {args.path} trains it or a copy "
+                         "of it; leave one of them out")
 
 
 def from_first(make):
@@ -92,6 +95,19 @@ def total(tensor):
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def interrupts():
+    """A list that Ctrl-C fills, so that an update is never cut in two. Without torchrun, which passes it on a second time, a second
+    Ctrl-C ends the script at once."""
+    seen = []
+
+    def handler(*signal_and_frame):
+        seen.append(True)
+        if world() == 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, handler)
+    return seen
 
 
 def any_of(flag):
@@ -132,14 +148,9 @@ def adding_up(model, last):
     return nullcontext() if last or world() == 1 else model.no_sync()
 
 
-def sharded(base, args):
-    """Keep of every linear layer of the frozen base only this process' part. Embeddings and head stay whole. ValueError: one
-    process alone, or a base that is trained itself."""
-    if world() == 1:
-        raise ValueError("--shard 1 splits the base over several processes: start them with torchrun --nproc-per-node N train.py ...")
-    if args.method != "l2d":
-        raise ValueError(f"--shard 1 is for a frozen base, and --method {args.method} trains it; leave one of them out")
-    mesh = init_device_mesh(torch.device(args.device).type, (world(),))
+def sharded(base, device):
+    """Keep of every linear layer of the frozen base only this process' part. Embeddings and head stay whole."""
+    mesh = init_device_mesh(torch.device(device).type, (world(),))
     for layer in base.model.layers.modules():
         if isinstance(layer, nn.Linear):                 # each by itself: the path calls them one by one
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)

@@ -44,7 +44,7 @@ TRAIN = ["train.py", "--model", "base", "--data", "chats.jsonl", "--max-steps", 
 
 def run(script, *args):
     """Run a script in this process, in the current folder: its exit code, or the one line that is its error."""
-    argv, handler = sys.argv, signal.getsignal(signal.SIGINT)
+    argv, handler = sys.argv, signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [script, *map(str, args)]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -480,6 +480,8 @@ def test_training_and_answering_by_hand(here, tokenizer):
     ("matplotlib", ["evaluate.py", "--out", "l2d", "--figure", "a.png"]), ("matplotlib", ["reproduce.py", "--draw"]),
     ("lm_eval", ["evaluate.py", "--out", "l2d", "--tasks", "gsm8k"]), ("lm_eval", ["harness.py", "--out", "l2d", "--tasks", "gsm8k"])])
 def test_a_missing_package_is_one_line_that_says_what_to_install(here, monkeypatch, capsys, package, command):
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     code = run("experiments/" + command[0], *command[1:])
     line = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]

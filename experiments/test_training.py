@@ -104,13 +104,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(whole):
 def test_sharding_needs_processes_and_a_frozen_base(whole):
     assert "torchrun" in run(*RUN, "--shard", 1, "--out", "alone", code=1)
     codes = [wait(pid) for pid in start_all(2, *RUN, "--shard", 1, "--method", "lora", "--out", "trained")]
-    assert codes == [1, 1] and "--method lora trains it" in Path("output-0").read_text()
+    assert codes == [1, 1] and "--method lora --path lora trains it" in Path("output-0").read_text()
 
 
 def test_a_process_keeps_its_part_of_a_sharded_base(whole):
     def keeps_half():
         with parallel.processes():
-            base = parallel.sharded(AutoModelForCausalLM.from_pretrained("base"), SimpleNamespace(device="cpu", method="l2d"))
+            base = parallel.sharded(AutoModelForCausalLM.from_pretrained("base"), "cpu")
             model = L2D(L2DConfig(dim=8, cond_dim=8, lora_rank=2), base).train()
             ids = torch.arange(20)[None]
             model(ids, labels=ids).loss.backward()       # whole layers are there only while they are used
