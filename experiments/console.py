@@ -39,7 +39,8 @@ def console(script):
         print("stopped")
         sys.exit(130)
     except ImportError as error:
-        sys.exit(f"{script}: error: {one_line(error)}: pip install -r requirements.txt -r experiments/requirements.txt")
+        remedy = "" if "pip install" in str(error) else ": pip install -r requirements.txt -r experiments/requirements.txt"
+        sys.exit(f"{script}: error: {one_line(error)}{remedy}")
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError, SafetensorError, TemplateError) as error:
         where = "in the chat template: " if isinstance(error, TemplateError) else ""
         remedy = ""
@@ -229,6 +230,14 @@ def read_log(file, key):
         except (ValueError, TypeError, LookupError):
             raise ValueError(f"{file} is damaged in line {number}: delete that line, or the file") from None
     return found
+
+
+def append_line(file, line):
+    """Write a dictionary at the end of a log, in the place of half a line that a kill may have left there."""
+    if file.exists():
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+    with open(file, "a", encoding="utf-8") as log:
+        log.write(json.dumps(line) + "\n")
 
 
 def prepare_out(args, tokenizer, step):

@@ -20,7 +20,6 @@ anew). --figure FILE draws accuracy against T (it needs matplotlib: pip install 
 import argparse
 import json
 import math
-import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import render
-from experiments.console import check_numbers, console, load, load_model, load_tokenizer, read_log
+from experiments.console import append_line, check_numbers, console, load, load_model, load_tokenizer, read_log
 from experiments.tiny import KINDS, LABELS, base_folder, questions
 from l2d import L2D, TABLEAUS, VELOCITIES, intervals
 from sample import Sampler
@@ -84,10 +83,7 @@ class Bench:
     def record(self, line):
         """Append a result to the file."""
         self.known[self.key(line)] = line
-        if self.file.exists():                           # a kill may have left half a line
-            os.truncate(self.file, self.file.read_bytes().rfind(b"\n") + 1)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.file, line)
         return line
 
     def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], rows=None, **settings):

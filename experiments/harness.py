@@ -30,14 +30,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiments.chats import DATE, read_rows
-from experiments.console import check_numbers, pick_device
+from experiments.console import append_line, check_numbers, console, load_model, load_tokenizer, pick_device
 from experiments.evaluate import add_models, interval, model_folders
-from l2d import L2D, TABLEAUS, intervals
+from l2d import TABLEAUS, intervals
 
 TASKS = {"gsm8k": "gsm8k", "math": "minerva_math", "math500": "minerva_math500",                # name here: name in the harness
          "humaneval": "humaneval_instruct", "humaneval_64": "humaneval_64_instruct", "mbpp": "mbpp_instruct",
@@ -127,11 +127,9 @@ def set_decoding(task, decoding, lm, max_new_tokens):
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
-def load_model(folder, solver, device, batch_size):
+def load(folder, solver, device, batch_size):
     """A trained model as the harness's HFLM. ValueError: a tokenizer without chat template."""
-    model, tokenizer = L2D.from_pretrained(folder, solver=solver), AutoTokenizer.from_pretrained(folder)
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of {folder} has no chat template; put the base's chat_template.jinja into that folder")
+    model, tokenizer = load_model(folder, solver=solver), load_tokenizer(folder)
     tokens = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**tokens, disable_compile=True)       # many a base's own tempers the sampling
     return import_harness().models.huggingface.HFLM(
@@ -196,7 +194,7 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", b
                 "run_generated_code": run_generated_code, "command": shlex.join(["python", *sys.argv]),
                 "versions": {package.__name__: package.__version__ for package in (torch, transformers, import_harness())}}
     for folder in folders:
-        lm = load_model(folder, solver, device, batch_size)
+        lm = load(folder, solver, device, batch_size)
         template = lm.tokenizer.chat_template
         settings["chat_template"] = {"sha256": hashlib.sha256(template.encode()).hexdigest()[:12],
                                      "first_line": template.strip().splitlines()[0][:80]}
@@ -205,8 +203,7 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", b
             lines.append({"name": f"{name}, T = {T}, {decoding}", "model": str(folder), "task": name, "steps": T,
                           "decoding": decoding, **measure(lm, loaded, decoding, settings), **settings})
             report(lines[-1])
-            with open(Path(folder) / "benchmarks.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            append_line(Path(folder) / "benchmarks.jsonl", lines[-1])
     return lines
 
 
@@ -232,15 +229,10 @@ def check_arguments(parser, args):
 
 
 def evaluate(args, folders):
-    """What the command line asks for. An error is one line, and exit code 1."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        tasks = [name for name in args.tasks.split(",") if name]
-        run(folders, tasks, args.steps, args.shots, args.limit, args.seed, args.solver or "midpoint", args.batch_size,
-            args.max_new_tokens, args.device, args.run_generated_code)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {str(error).splitlines()[0]}")
+    """What the command line asks for."""
+    tasks = [name for name in args.tasks.split(",") if name]
+    run(folders, tasks, args.steps, args.shots, args.limit, args.seed, args.solver or "midpoint", args.batch_size,
+        args.max_new_tokens, args.device, args.run_generated_code)
 
 
 def main():
@@ -258,4 +250,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with console("harness.py"):
+        main()

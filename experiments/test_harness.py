@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import evaluate, harness
+from experiments.console import console
 from experiments.tiny import TEMPLATE
 from l2d import L2D, L2DConfig
 
@@ -167,7 +168,7 @@ def test_errors(folder, lm_eval, task, options, message):
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", "gsm8k", "--out", "nowhere"])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, console("evaluate.py"):
         evaluate.main()
     assert stop.value.code == ("evaluate.py: error: --tasks needs lm-evaluation-harness, and the package lm_eval is missing: "
                                "pip install -r experiments/requirements.txt")
