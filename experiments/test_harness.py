@@ -6,7 +6,6 @@ A random base with a byte-level tokenizer, a path on it, and a handful of questi
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,7 +91,7 @@ def test_at_T1_the_harness_sees_the_base(folder, spy, monkeypatch):
     ours = list(spy)
     spy.clear()
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    monkeypatch.setattr(harness, "L2D", SimpleNamespace(from_pretrained=lambda folder, solver: base))
+    monkeypatch.setattr(harness, "load_model", lambda folder, solver: base)
     run(folder, steps=[1])
     run(folder, "letters.yaml", steps=[1])
     texts, likelihoods = answers(spy, 1, greedy=True), answers(spy, 1, greedy=False)
