@@ -141,8 +141,8 @@ def once(owner, name, parameters, make):
     return getattr(owner, name)[1]
 
 def cast(p, dtype):
-    """The parameter p in `dtype`, copied once."""
-    return p if p.dtype == dtype else once(p, f"in_{dtype}", [p], lambda: p.to(dtype))
+    """The parameter p in `dtype`, copied once (every time in a compiled graph, which cannot ask for changes)."""
+    return p.to(dtype) if p.dtype == dtype or torch.compiler.is_compiling() else once(p, f"in_{dtype}", [p], lambda: p.to(dtype))
 
 class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input: [.., in] -> [.., out]. That is the idea of mixed precision here:
@@ -191,16 +191,14 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.scaling, self.merging = alpha / rank, False
+        self.scaling = alpha / rank
         self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x, base):
-        if not self.merging or torch.is_grad_enabled():
+        if self.merged is None or torch.is_grad_enabled():
             self.merged = None                           # training is about to change A and B
             update = F.linear(F.linear(x, cast(self.lora_A, x.dtype)), cast(self.lora_B, x.dtype))
             return torch.add(base(x), update, alpha=self.scaling)
-        if self.merged is None:
-            self.merged = (base.weight + self.scaling * self.lora_B @ self.lora_A).to(base.weight.dtype)
         return F.linear(x, self.merged, base.bias)
 
 class OwnLinear(Linear):
@@ -596,9 +594,11 @@ class L2D(PreTrainedModel, GenerationMixin):
         (1.9 GB for Llama-3.2-1B in bfloat16). Training and loading drop the copies; saving is the same. ValueError: quantised."""
         if merging and getattr(self.base, "is_quantized", False):
             raise ValueError("the base's weights are quantised, and nothing can be added to them: leave out merge_lora()")
-        for module in self.modules():
-            if isinstance(module, LoRALinear):
-                module.merging, module.merged = merging, None
+        for block, layer in zip(self.blocks, self.base.model.layers):
+            for name, own in block.named_children():
+                if isinstance(own, LoRALinear):          # now, not at first use: a CUDA graph would take the copies for its own
+                    w = (getattr(layer.self_attn, name, None) or getattr(layer.mlp, name)).weight
+                    own.merged = (w + own.scaling * own.lora_B @ own.lora_A).detach().to(w.dtype) if merging else None
 
     # -- training (Section 2.2, Eq. 3) ------------------------------------------------------------------------------
     def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None, class_ids=None, seeds=None):

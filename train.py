@@ -155,7 +155,7 @@ def update(step, model, optimizer, data, args, pad):
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=world() == 1)        # DDP's buckets hold the gradients: add up in them
     tokens = sum(len(e["input_ids"]) for e, _ in batch)
     return {"step": step + 1, "loss": loss.item(), "lr": lr, "grad_norm": norm.item(), "tokens": tokens, "answers": answers}
 

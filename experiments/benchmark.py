@@ -60,6 +60,8 @@ def parse_args():
     for T in args.steps:
         intervals("midpoint", T)                         # ValueError before the measurements
     cuda = pick_device(args.device).startswith("cuda")
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
     args.shape, args.batch = args.shape or ("llama-1b" if cuda else "small"), args.batch or ([1, 8, 64] if cuda else [1, 8])
     args.rounds = args.rounds or (5 if cuda else 3)
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
@@ -275,10 +277,13 @@ class Benchmark:
             optimizer.zero_grad()
         flops = update_flops(model, B * S, B * S // 2)
         computed = sum(memory.training(model.base, model, B, S, S // 2).values()) / 1e9
+        own = 2 * model.base.num_parameters() + 4 * sum(p.numel() for p in path.values())          # the rest is merged copies and tables
+        others = torch.cuda.memory_allocated() - own if self.cuda else 0
         for name, loss in {"l2d": lambda: model(ids, labels=labels).loss, "naive": lambda: naive_loss(model, ids, labels)}.items():
             torch.cuda.reset_peak_memory_stats() if self.cuda else None
             found = statistics.median(seconds({"": lambda: update(loss)}, 3)[""])
-            figures = {"GB": torch.cuda.max_memory_allocated() / 1e9, "computed": computed} if self.cuda else {}
+            figures = {"GB": (torch.cuda.max_memory_allocated() - others) / 1e9} if self.cuda else {}
+            figures |= {"computed": computed} if self.cuda and name == "l2d" else {}
             self.report(f"training, {name}, {B} x {S} tokens", **{"tokens/s": B * S / found, "share of peak": flops / found / self.peak}, **figures)
 
     def run(self):

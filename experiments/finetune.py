@@ -49,7 +49,7 @@ class Finetuned(nn.Module):
     The loss is the cross entropy of the labelled tokens, as L2D's. Trained parameters are float32 ("full" trains the
     weights themselves in float32, and computes in bfloat16 on CUDA)."""
 
-    load_path = L2D.load_path
+    load_path, merge_lora = L2D.load_path, lambda self, merging: None        # there are no copies to drop
 
     def __init__(self, base, method, rank, alpha, gradient_checkpointing=False):
         super().__init__()

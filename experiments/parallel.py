@@ -34,7 +34,7 @@ def processes():
     def terminated(*signal_and_frame):                   # by torchrun, when it has lost one of us
         raise RuntimeError(GONE)
     signal.signal(signal.SIGTERM, terminated)
-    dist.init_process_group()                            # gloo for tensors on the CPU, NCCL for those on GPUs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")       # else of a GPU machine: NCCL alone
     if rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
@@ -56,9 +56,10 @@ def world():
 
 def own_device(wanted):
     """This process' device: of the GPUs, the one with its own number. ValueError: it is not there."""
+    if world() > 1 and torch.cuda.is_available() and (wanted or "cuda").startswith("cuda"):
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"      # before anything touches GPU 0, where it would leave a context
     device = pick_device(wanted)
-    if world() > 1 and device.startswith("cuda"):
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     return device
 

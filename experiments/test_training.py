@@ -95,6 +95,44 @@ def test_a_killed_process_ends_the_run_and_another_number_continues(whole):
     assert_same(result("killed")[2], expected[2])
 
 
+@pytest.mark.parametrize("gpus, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_processes_talk_over_gloo_too_where_there_are_gpus(monkeypatch, gpus, backend):
+    """torch's own choice would be NCCL alone, which takes nothing from the CPU."""
+    asked, handler, out = [], signal.getsignal(signal.SIGTERM), sys.stdout
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(parallel.dist, name, lambda *args: asked.append(args))
+    with parallel.processes():
+        pass
+    signal.signal(signal.SIGTERM, handler)
+    assert asked == [(backend,), ()] and sys.stdout is out
+
+
+def test_a_process_takes_the_gpu_of_its_own_number(monkeypatch):
+    taken = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(parallel, "world", lambda: 8)
+    monkeypatch.setattr(parallel, "pick_device", lambda wanted: taken.append(wanted) or wanted or "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert [parallel.own_device(wanted) for wanted in (None, "cuda", "cpu")] == ["cuda:3", "cuda:3", "cpu"]
+    assert taken == ["cuda:3", "cuda:3", "cuda:3", "cuda:3", "cpu"]                  # GPU 0 is never touched
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_baseline_resumes_to_the_same_weights(whole, method):
+    options = [*RUN, "--method", method, "--save-every", 4]
+    run(*options, "--out", f"{method}-whole")
+    pid = start(*options, "--out", f"{method}-cut")
+    while step_of(f"{method}-cut") < 4:
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    run("--resume", "--out", f"{method}-cut")
+    assert result(f"{method}-cut") == result(f"{method}-whole")
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(whole):
     codes = [wait(pid) for pid in start_all(3, *RUN, "--out", "uneven")]
     assert codes == [1, 1, 1]
