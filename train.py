@@ -11,7 +11,8 @@
 {"messages": [{"role": .., "content": ..}, ..]} or a question and an answer ({"prompt": .., "response": ..}, or the names
 question, instruction / answer, completion, output). Every assistant turn is one example: all before it is context, it alone
 is learnt. The output folder holds the trained path (load it with L2D.from_pretrained), the tokenizer, log.jsonl (a line
-per step), README.md (a model card) and checkpoint.safetensors, from which --resume continues to the very same result.
+per step), README.md (a model card) and checkpoint.safetensors, from which --resume continues (alone on a CPU, to
+the very same result).
 """
 
 import argparse
@@ -30,7 +31,7 @@ from transformers import AutoConfig
 from experiments.card import card
 from experiments.chats import load_data, permutation
 from experiments.console import (check_numbers, check_out, console, load, load_base, load_options, load_tensors, load_tokenizer,
-                                 prepare_out, save_tensors, write_text)
+                                 prepare_out, save_tensors, write_folder, write_text)
 from experiments.flops import progress
 from experiments.parallel import (adding_up, any_of, check_processes, from_first, gathered, interrupts, own_device, parallel, processes, rank,
                                   share, sharded, total, world)
@@ -250,7 +251,7 @@ def build(args):
 
 def finish(model, out):
     """The trained model and its card, in the place of the one so far."""
-    model.save_pretrained(out)
+    write_folder(out, model.save_pretrained)
     write_text(out / "README.md", card(out))             # for the hub
     shutil.rmtree(out / "so-far", ignore_errors=True)
 

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 import zlib
 from contextlib import contextmanager
@@ -166,6 +167,17 @@ def write_whole(file, write):
         making.unlink(missing_ok=True)
         raise OSError(f"{file} cannot be written ({one_line(error)}); the one before is untouched: make room or change the "
                       "rights, then continue with --resume") from None
+
+
+def write_folder(folder, write):
+    """write(making) a folder beside `folder`, and move its files there when all are on the disk: weights last, so that they mean that
+    the rest is there too."""
+    making = Path(f"{folder}.making")
+    shutil.rmtree(making, ignore_errors=True)            # what a kill has left
+    write(making)
+    for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+        os.replace(file, Path(folder) / file.name)
+    making.rmdir()
 
 
 def write_text(file, text):

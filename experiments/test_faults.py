@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import chats, console, tiny
 from experiments.console import load_tensors, read_log, save_tensors
+from l2d import L2D
 
 torch.set_num_threads(1)
 resource = pytest.importorskip("resource", reason="needs fork and what comes with it")
@@ -324,6 +325,23 @@ def test_ctrl_c_before_the_first_update(whole):
 
 
 # ---- Damaged checkpoints ---------------------------------------------------------------------------------------------
+
+def test_killed_while_the_trained_model_is_written(whole):
+    """Half a model.safetensors would look like the end of a run."""
+    expected, _ = whole
+
+    def before():
+        def half(self, folder, **kwargs):
+            if "so-far" not in str(folder):
+                Path(folder).mkdir()
+                (Path(folder) / "model.safetensors").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        L2D.save_pretrained = half
+    assert wait(start(*RUN, "--out", "half", before=before)) == -signal.SIGKILL
+    assert not Path("half/model.safetensors").exists() and step_of("half") == STEPS
+    assert wait(resume("half")) == 0, output()
+    assert result("half") == expected and not Path("half.making").exists()
+
 
 def test_no_flipped_bit_and_no_missing_byte_goes_unnoticed(whole, tmp_path):
     """Anywhere in the file: it is refused by name, or (in the header's padding) means the same."""
