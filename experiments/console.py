@@ -255,9 +255,9 @@ def append_line(file, line):
 def prepare_out(args, tokenizer, step):
     """The output folder of a run: its options, the tokenizer, the log without lines of updates that a kill has undone."""
     out = Path(args.out)
+    lines = [line for line in read_log(out / "log.jsonl", "step") if line["step"] <= step]      # first: it may be damaged
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "args.json", json.dumps(vars(args) | {"resume": False}, indent=2))
     for folder in (out, out / "so-far"):
         tokenizer.save_pretrained(folder)
-    lines = [line for line in read_log(out / "log.jsonl", "step") if line["step"] <= step]
     write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

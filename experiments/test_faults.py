@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import chats, console, tiny
-from experiments.console import load_tensors, read_log, save_tensors
+from experiments.console import load_model, load_tensors, load_tokenizer, read_log, save_tensors
 from l2d import L2D
 
 torch.set_num_threads(1)
@@ -313,7 +313,10 @@ def test_ctrl_c_saves_and_says_how_to_continue(whole):
         steps = step_of(folder)
         assert after - 1 <= steps < STEPS and json.loads(log.read_text().splitlines()[-1])["step"] == steps
         assert f"stopped after {steps} steps; continue with: python train.py --resume --out {folder}" in output()
-        assert wait(resume(folder)) == 0 and result(folder) == whole[0]
+        so_far, tensors = load_model(f"{folder}/so-far"), load_tensors(f"{folder}/checkpoint.safetensors")       # to be tried meanwhile
+        assert load_tokenizer(f"{folder}/so-far") and so_far(torch.arange(9)[None], steps=3).logits.isfinite().all()
+        assert all(torch.equal(p, tensors[f"path.{name}"]) for name, p in so_far.path_parameters().items())
+        assert wait(resume(folder)) == 0 and result(folder) == whole[0] and not Path(folder, "so-far").exists()
 
 
 def test_ctrl_c_before_the_first_update(whole):
