@@ -48,6 +48,7 @@ def model_of(config, dtype=torch.bfloat16, **settings):
     """(base, L2D on it) without memory, on the meta device."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        base.tie_weights()                               # transformers 5.0 does not, on this device
         return base, L2D(L2DConfig(**settings), base)
 
 
