@@ -1388,8 +1388,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(0)
-    tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    tiny.save(folder / "base", tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48), tokenizer)
     rows = [json.dumps(row) for row in tiny.questions(60, seed=0)]
     bad = ["{", json.dumps({"messages": [{"role": "user", "content": "1*1"}]}), json.dumps({"prompt": "1*1", "response": None})]
     (folder / "chats.jsonl").write_text("\n".join(rows[:30] + bad + rows[30:]))

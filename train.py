@@ -196,7 +196,7 @@ def save_checkpoint(step, model, optimizer, args):
     for name, p in model.path_parameters().items():
         tensors |= {f"{key}.{name}": value for key, value in [("path", p.detach()), *optimizer.state[p].items()]}
     save_tensors(tensors, Path(args.out) / "checkpoint.safetensors")
-    if args.method == "l2d":
+    if args.method == "l2d" and step < args.max_steps:   # else `finish` writes it
         model.save_pretrained(Path(args.out) / "so-far")
 
 

@@ -12,8 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from transformers import logging
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments.console import check_numbers, console
 from experiments.shapes import SHAPES, model_of
@@ -63,6 +61,5 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
     with console("memory.py"):
         main()

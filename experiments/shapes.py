@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, logging
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from experiments import tiny
@@ -87,6 +87,5 @@ def main():
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
     with console("shapes.py"):
         main()

@@ -144,8 +144,7 @@ def main():
         os.chdir(folder)
         tokenizer = tiny.make_tokenizer()
         torch.manual_seed(0)
-        tiny.make_model(tokenizer).save_pretrained("base")
-        tokenizer.save_pretrained("base")
+        tiny.save(Path("base"), tiny.make_model(tokenizer), tokenizer)
         Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.questions(2000, seed=0)))
         for part in (train, sample, rate, kills):
             if args.only in (None, part.__name__):

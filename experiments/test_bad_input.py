@@ -59,8 +59,7 @@ def world(tmp_path_factory):
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(0)
     base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    tiny.save(folder / "base", base, tokenizer)
     base.name_or_path = str(folder / "base")
     path_on(folder / "path", base, class_names=("math", "fact", "string"))
     path_on(folder / "plain", base)
@@ -69,8 +68,7 @@ def world(tmp_path_factory):
     save_file(release_state_dict(make(folder)), folder / "release.safetensors")
     shutil.move(folder / "base", folder / "swap")        # `make` has written its own base over ours
     (folder / "swap").rename(folder / "release-base")
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    tiny.save(folder / "base", base, tokenizer)
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *TRAIN[1:6], "run", *TRAIN[7:], "--save-every", "1"],
                           cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -65,8 +65,7 @@ def world(tmp_path_factory):
     base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
     for p in base.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    tiny.save(folder / "base", base, tokenizer)
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.questions(60, seed=0)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
