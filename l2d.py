@@ -52,6 +52,7 @@ from transformers.utils import cached_file
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
 PATHS, TIMESTEPS, VELOCITIES = ("lora", "full", "scratch"), ("uniform", "cosmap"), ("argmax", "sample", "expectation")
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"     # its name in outputs
 IGNORE = -100                                            # label of a position that is not learnt
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
          "intermediate_size")                            # what a base must share with the one the path was trained on
@@ -501,10 +502,12 @@ class L2D(PreTrainedModel, GenerationMixin):
         lm, norm = self.base.model, self.base.model.norm
         lm.norm = nn.Identity()                          # the path is added before the last norm; what is there, no LM returns
         try:
-            hidden = lm(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=True,
-                        position_ids=position_ids, past_key_values=past_key_values).last_hidden_state
-        finally:
+            hidden = lm(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=True).last_hidden_state
+        finally:                                         # (by position: the cache's name differs between versions of transformers)
             lm.norm = norm
+        if past_key_values.get_seq_length() != past + S:
+            raise RuntimeError(f"the base has not written its {S} keys into the cache: this version of transformers is not supported; "
+                               "install the versions in requirements.txt")
         cos, sin = lm.rotary_emb(hidden, position_ids)
         rows, columns = keep.nonzero(as_tuple=True)
         layers = past_key_values.layers
@@ -706,12 +709,21 @@ class L2D(PreTrainedModel, GenerationMixin):
     # -- a causal LM to the rest of the world -----------------------------------------------------------------------
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
                 labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None, seeds=None,
-                num_items_in_batch=None, **passed_along):     # what `generate` hands every model: return_dict, tokenizer, ...
+                num_items_in_batch=None, cache=None, return_dict=True, cache_position=None, output_attentions=None,
+                output_hidden_states=None, tokenizer=None):
         """With labels [B, S]: the training loss, averaged over labelled tokens (or divided by num_items_in_batch).
         Without: the next-token logits [B, N, V] after `steps` evaluations at every kept position, all in parallel.
         input_ids [B, S] int64; attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
         all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B], see `read`.
+        cache is transformers' newer name for past_key_values. What `generate` hands every model besides changes nothing here:
+        return_dict (the result is always a ModelOutput), cache_position (the cache knows), tokenizer (generate's, for stop_strings). All
+        others are refused by name.
         Returns a CausalLMOutputWithPast. ValueError: bad steps, class or mask, or a cache that forgets keys."""
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        if output_attentions or output_hidden_states:
+            raise ValueError("output_attentions and output_hidden_states are not available: ask model.base, the main path, for its own")
+        past_key_values = past_key_values if cache is None else cache
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is None or tokens.shape[1] == 0:
             raise ValueError("the input is empty; give input_ids with at least one token in every row, the start of a text say")
@@ -733,7 +745,7 @@ class L2D(PreTrainedModel, GenerationMixin):
         logits, self.evaluations = self.diffuse(context, steps)
         if keep is not logits_to_keep:
             logits = logits.view(len(tokens), -1, logits.shape[-1])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache is not False else None)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache if use_cache is not False else None})
 
     @staticmethod
     def kept(tokens, logits_to_keep):

@@ -1215,6 +1215,41 @@ def test_text_generation_pipeline():
     assert out[0]["generated_text"].split() == [f"w{i}" for i in ids.tolist()]
 
 
+class TestTheCacheUnderBothNames:
+    """transformers 5.24 renamed past_key_values to cache, and a `forward` that takes anything would have lost it without a word."""
+
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_a_cache_is_used_whatever_its_name(self, name):
+        model, cache = tiny_l2d(), DynamicCache()
+        whole = model(IDS, seeds=SEEDS).logits
+        parts = [model(IDS[:, k:k+1], seeds=SEEDS, **{name: cache}).logits for k in range(IDS.shape[1])]
+        assert cache.get_seq_length() == IDS.shape[1]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-3, rtol=1e-3)
+
+    def test_both_names_at_once_and_unknown_arguments_are_refused(self):
+        with pytest.raises(ValueError, match="cache and past_key_values are two names of one argument"):
+            tiny_l2d()(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
+        with pytest.raises(TypeError, match="past_keys"):
+            tiny_l2d()(IDS, past_keys=DynamicCache())
+        with pytest.raises(ValueError, match="output_attentions"):
+            tiny_l2d()(IDS, output_attentions=True)
+
+    def test_a_base_that_does_not_fill_the_cache_is_refused(self):
+        model = tiny_l2d()
+        forward = model.base.model.forward
+        model.base.model.forward = lambda ids, mask, positions, cache, *rest, **kwargs: forward(ids, mask, positions, DynamicCache(), *rest, **kwargs)
+        with pytest.raises(RuntimeError, match="not written its 9 keys into the cache"):
+            model(IDS)
+
+    @pytest.mark.parametrize("settings", [{}, dict(cache_implementation="static"), dict(use_cache=False)])
+    def test_one_step_writes_what_the_base_writes_left_padded_too(self, settings):
+        """The main job by its outcome: this fails when the context is lost from the second token on."""
+        base, padded = tiny_base(), left_padded(IDS, [9, 5, 7])
+        options = dict(attention_mask=padded["attention_mask"], max_new_tokens=6, do_sample=False, pad_token_id=0, **settings)
+        expected = base.generate(padded["input_ids"], **options)
+        assert torch.equal(tiny_l2d(base=base).generate(padded["input_ids"], steps=1, **options), expected)
+
+
 # ---- Saving and loading ----------------------------------------------------------------------------------------------
 
 def same_path(a, b):
