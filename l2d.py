@@ -1,811 +1,1089 @@
 """L2D: large language models to diffusion finetuning (Cetin, Zhao, Tang, ICML 2025), in one file.
 
-A causal LM answers every next token with the same amount of work. L2D leaves the LM as it is (the *main path*, frozen)
-and gives it a second, thin way through the same layers (the *diffusion path*), which can be walked any number of times.
-A token is a point x_1 on a sphere. The path starts from pure noise x_0, at time t = 0, and moves along an ODE to t = 1;
-its velocity points from where it is to the token that the LM, shown x_t, now believes in. More steps, more thought.
+A causal LM spends the same work on every token. L2D freezes the LM (the *main path*) and gives it
+a second way through the same layers, the *diffusion path*, which adds only LoRA weights. It starts
+a token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation the path sees
+the state x_t, the LM predicts a token from it, and the velocity points from x_t to that token.
 
-    tokens 0..k ──► main path: the frozen LM, run once per token ──► keys K_i, values V_i of every block, hidden state
-                                                   │                                                    │
-                                                   ▼                                                    ▼
-    x_t at k ──► rescale, MLP ──► f ──► blocks i: cross attention on K_i, V_i; MLP ──► f ──► hidden + (w(t) - w(0))·f
-      ▲                                   ▲ the LM's own weights + LoRA                                 │
-      │                                   │ shift, scale, gate                                          ▼
-      │                               time t, class g                               the LM's final norm and head
-      │                                                                                                 │
-      └────── x_t + h·(x̂ - x_t)/(1 - t) ◄────── x̂ = x_1(the believed token) ◄────────── logits ◄────────┘
+  tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
+                                                                  │                     │
+                                                                  ▼                     ▼
+  x_t ──► rescale, MLP ──► f ──► blocks i: cross attention, MLP ──► f ──► hidden + (w(t) − w(0))·f
+   ▲         ▲                    ▲ LM's weights + LoRA                     ▲           │
+   │         │                    │ scale, shift, gate                      │           ▼
+   │         └──────── time t ────┴──── and class ──────────────────────────┘   LM's norm and head
+   │                                                                                    │
+   └───── x_t + h·(x̂ − x_t)/(1 − t) ◄───── x̂ = x_1(predicted token) ◄───── logits ◄─────┘
 
-The diffusion token at position k stands for the **next** token, the one that the LM predicts at k. It sees the main path
-at positions 0..k and no other diffusion token. At t = 0 its weight w(t) - w(0) is zero: the LM answers, untouched.
-`steps` (the paper's T) counts a token's evaluations, the free one at t = 0 and the final one included; T = 1 is the LM.
-Training shows the path x_t = (1 - t)·x_0 + t·x_1 of known tokens at random t and asks for the token (cross entropy);
-only the path's own parameters, LoRA-thin, are trained.
+The diffusion token at position k stands for the next token, the one the LM predicts at k. It sees
+the main path at positions 0..k and no other diffusion token. `steps`, the paper's T, counts the
+evaluations per token: one at t = 0, and at last one for the answer. At t = 0 the path has weight
+w(0) − w(0) = 0, so that the LM's own logits serve and T = 1 is the untouched LM.
 
-    paper           here                      shape      what it is
-    y               labels, targets           [M]        the token after position k, in 0..V-1
-    V_y (Eq. 5)     vocabulary.table()        [V, d]     every token's x_1: normalised to length sqrt(d)
-    x_0, x_t, x_1   x_0, x_t, x_1             [M, d]     noise, state at time t, token; always float32 (x̂: x_hat, previous)
-    sigma           config.sigma              scalar     standard deviation of the noise x_0
-    t               t                         [M, 1]     0 is noise, 1 is the token (or one float for all)
-    f               f                         [M, D]     hidden state of the path
-    g               class_ids                 [M]        class for guidance; the last one, number J, means "no class"
-    w_d(t)          output_weight             [M, D]     how much of f is added to the LM's hidden state
+  paper           code                  shape       meaning
+  y               targets               [B, N]      the token after position k
+  V_y (Eq. 5)     DiffusionVocabulary   [V, d]      every token as a point x_1 of length sqrt(d)
+  x_0, x_t, x_1   x_0, x_t, x_1         [B, N, d]   noise, state, token; always float32
+  x̂               x_hat                 [B, N, d]   where the path expects the token to be
+  sigma           config.sigma          number      standard deviation of the noise x_0
+  t               t                     [B, N, 1]   0 is noise, 1 is the token; a float if shared
+  f               f                     [B, N, D]   hidden state of the path
+  g               class_ids             [B, N]      class for guidance; the last one is "no class"
+  w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
 
-Shapes: B batch, S sequence, M queried positions in all (N at most in one row), L cached positions, D hidden size, H heads
-of size E on H_kv key heads, G = H / H_kv on each, d diffusion dimension, C size of the conditioning vector, J classes, V vocabulary.
+Shapes: B rows, N queried positions in each, S tokens, L cached keys, D hidden size, d diffusion
+dimension, C size of the conditioning, V vocabulary; heads of size E: H of queries, K of keys, and
+G = H / K queries for each key head. Part I is the method. Part II turns it into a causal LM that
+loads, generates and saves.
 """
 
 import copy
 import math
 import os
 from dataclasses import dataclass, replace
-from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")       # model types with Llama's layout (SmolLM and Llama 2/3 are "llama")
-PATHS, TIMESTEPS, VELOCITIES = ("lora", "full", "scratch"), ("uniform", "cosmap"), ("argmax", "sample", "expectation")
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"     # its name in outputs
-IGNORE = -100                                            # label of a position that is not learnt
-SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-         "intermediate_size")                            # what a base must share with the one the path was trained on
+# ==== Part I: the method ==========================================================================
 
-
-# ---- Settings (to be skipped at first reading) -----------------------------------------------------------------------
-class L2DConfig(PretrainedConfig):
-    """Everything about a diffusion path: the first block is fixed by training, the second may change at any time.
-    base_model       hub name or folder of the frozen LM; text_config is that LM's own configuration
-    dim, cond_dim    d, the size of x_t, and C, the size of the conditioning vector
-    sigma            noise scale; sigma / sqrt(dim) decides how late in t the token shows through the noise
-    path             "lora", "full" (trained copies of the five layers) or "scratch" (copies, freshly initialised)
-    class_names      names of the J classes for guidance; empty for none. class_dropout: share trained without class
-    timesteps        how training draws t: "uniform" or "cosmap"
-    self_condition   whether the path also sees its estimate x̂ of the evaluation before (not in the paper; README, "hops")
-
-    steps, solver    T, and "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive: any T but 1 is ignored)
-    velocity         x̂ is x_1 of the most likely token ("argmax"), of a sampled one ("sample"), or the "expectation"
-    guidance         w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
-    atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token"""
-    model_type = "l2d"
-
-    def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32,
-                 lora_alpha=32.0, class_names=(), class_dropout=0.2, timesteps="uniform", self_condition=False,
-                 steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_end=None, atol=3e-4, rtol=3e-4,
-                 max_evaluations=1000, **kwargs):
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.base_model, self.text_config = base_model, text_config
-        self.dim, self.cond_dim, self.sigma = dim, cond_dim, sigma
-        self.path, self.lora_rank, self.lora_alpha = path, lora_rank, lora_alpha
-        self.class_names, self.class_dropout = list(class_names), class_dropout
-        self.timesteps, self.self_condition = timesteps, bool(self_condition)
-        self.steps, self.solver, self.velocity, self.guidance = steps, solver, velocity, guidance
-        self.t_end, self.atol, self.rtol, self.max_evaluations = t_end, atol, rtol, max_evaluations
-        super().__init__(**kwargs)
-
-    def check(self, base_config):
-        """ValueError: a base of another architecture or size than the path's, or a setting with an impossible value."""
-        if base_config.model_type not in SUPPORTED:
-            raise ValueError(f"{base_config.model_type!r} is not a supported architecture; supported: {', '.join(SUPPORTED)}")
-        self.text_config = self.text_config or base_config
-        for key in SIZES:
-            if (ours := getattr(self.text_config, key)) != (theirs := getattr(base_config, key)):
-                raise ValueError(f"this path belongs to a base with {key}={ours}, but the base given has {key}={theirs}; "
-                                 f"load it onto {self.base_model or 'its own base'}")
-        for name, known in (("path", PATHS), ("timesteps", TIMESTEPS), ("velocity", VELOCITIES), ("solver", TABLEAUS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
-        whole, real = ("dim", "cond_dim", "lora_rank", "max_evaluations"), ("sigma", "lora_alpha", "atol", "rtol")
-        for name in (*whole, *real, "class_dropout", "guidance"):
-            value = getattr(self, name)
-            if not isinstance(value, int if name in whole else (int, float)) or (name in whole + real and not 0 < value < math.inf):
-                raise ValueError(f"{name}={value!r} must be a {'positive ' * (name in whole + real)}{'whole ' * (name in whole)}number")
-        for name, good, rule in (
-                ("cond_dim", self.cond_dim % 2 == 0, "must be even: half of the time features are sines, half cosines"),
-                ("class_dropout", 0 <= self.class_dropout <= 1, "must lie in [0, 1]"),
-                ("max_evaluations", self.max_evaluations >= 2, "must be 2 or more: the first evaluation and the answer"),
-                ("guidance", 0 <= self.guidance < math.inf, "must be 0 or more"),
-                ("path", self.path == "lora" or not hasattr(base_config, "quantization_config"), "needs a base that is not quantised: use lora"),
-                ("solver", not (self.self_condition and TABLEAUS[self.solver].error), "chooses the steps of every row, and "
-                 "with self_condition a row's estimates must come at the same times as all others': use a fixed solver"),
-                ("guidance", self.guidance == 1 or self.class_names, "needs classes, and this model has none; use 1")):
-            if not good:
-                raise ValueError(f"{name}={getattr(self, name)} {rule}")
-        intervals(self.solver, self.steps)
-        end_time(self)
-
-    def get_text_config(self, *args, **kwargs):
-        """What `generate` makes its cache for: the base, but with every key kept, also those outside a sliding window."""
-        if self.text_config is None:
-            return self
-        config = copy.copy(self.text_config)
-        config.layer_types = ["full_attention"] * config.num_hidden_layers
-        return config
-
-
-# ---- Numbers: precision and noise ------------------------------------------------------------------------------------
-def once(owner, name, parameters, make):
-    """make(), which depends on `parameters` alone: computed once, and kept as an attribute of `owner` until they change."""
-    if torch.is_grad_enabled():                          # training: a fused optimizer leaves no trace in _version
-        setattr(owner, name, (None, None))
-        return make()
-    key = [(p.data_ptr(), p._version, p.device) for p in parameters]
-    if getattr(owner, name, (None, None))[0] != key:
-        setattr(owner, name, (key, make()))
-    return getattr(owner, name)[1]
-
-def cast(p, dtype):
-    """The parameter p in `dtype`, copied once (every time in a compiled graph, which cannot ask for changes)."""
-    return p.to(dtype) if p.dtype == dtype or torch.compiler.is_compiling() else once(p, f"in_{dtype}", [p], lambda: p.to(dtype))
+# ---- LoRA (Section 3.1) --------------------------------------------------------------------------
 
 class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input: [.., in] -> [.., out]. That is the idea of mixed precision here:
-    trained parameters are float32; layers between the LM's activations compute in their dtype; times and noise in float32."""
+    """A linear layer that computes in the dtype of its input: [.., in] -> [.., out].
+    Weights are trained in float32 and cast here, so a bfloat16 LM keeps bfloat16 activations."""
 
     def forward(self, x):
-        return F.linear(x, cast(self.weight, x.dtype), None if self.bias is None else cast(self.bias, x.dtype))
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
-def mlp(n_in, n_hidden, n_out, init="xavier"):
-    """Linear, silu, linear: [.., n_in] -> [.., n_out]. Biases start at 0, weights as Xavier's or, "normal", as N(0, 0.02²).
-    With "zero" the last layer starts at 0: such gates and weights leave out what they multiply until they have learnt."""
-    net = nn.Sequential(Linear(n_in, n_hidden), nn.SiLU(), Linear(n_hidden, n_out))
-    for layer in (net[0], net[2]):
-        nn.init.normal_(layer.weight, std=0.02) if init == "normal" else nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
-    if init == "zero":
-        nn.init.zeros_(net[2].weight)
-    return net
-
-def _mix(x):
-    """splitmix64's mixing step on int64. (The masks make torch's shift a logical one; products wrap around, as they should.)"""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-TIME, NOISE, DROP, TOKEN, EARLIER, SHOWN = range(6)      # streams: for t, x_0, dropped classes, sampled tokens, `recall`
-
-def uniform(seeds, positions, stream, n):
-    """Uniform random numbers that depend on nothing but their address: int64 [M], [M] -> float32 [M, n] in (0, 1). From a
-    generator, a row's noise would change with its batch and the cache; a hash gives it the same always, resumed or not."""
-    key = _mix(_mix(_mix(seeds) ^ positions) ^ stream)
-    index = torch.arange(1, n + 1, device=seeds.device) * -0x61C8864680B583EB            # splitmix64's own stride
-    return ((_mix(key[:, None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
-
-def normal(seeds, positions, stream, n):
-    """Standard normal numbers, addressed like `uniform`: float32 [M, n]."""
-    return torch.erfinv(2 * uniform(seeds, positions, stream, n) - 1) * math.sqrt(2)
-
-
-# ---- LoRA, and its alternatives (Section 3.1, Table 8): the path's own version of one of the LM's linear layers ------
 class LoRALinear(nn.Module):
-    """The LM's layer plus a trained update of low rank: base(x) + (alpha / rank)·B A x, [.., in] -> [.., out]. The base is passed in
-    at every call: its weights are shared (`L2D.merge_lora` copies them). A ~ N(0, 1/rank²), B = 0: at first this is the LM's layer."""
+    """base(x) + (alpha / rank)·B A x: [.., in] -> [.., out]. `base`, the LM's frozen layer, is
+    passed in at each call: the path's parameters contain nothing of the LM. B = 0 at first."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
         self.scaling = alpha / rank
-        self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x, base):
-        if self.merged is None or torch.is_grad_enabled():
-            self.merged = None                           # training is about to change A and B
-            update = F.linear(F.linear(x, cast(self.lora_A, x.dtype)), cast(self.lora_B, x.dtype))
-            return torch.add(base(x), update, alpha=self.scaling)
-        return F.linear(x, self.merged, base.bias)
+        update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return torch.add(base(x), update, alpha=self.scaling)
 
-class OwnLinear(Linear):
-    """A trained layer in the place of the LM's: its copy ("full"), or freshly initialised ("scratch")."""
+# ---- Time and class conditioning (Section 3.2) ---------------------------------------------------
 
-    def __init__(self, base, fresh, std):
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-        self.load_state_dict(base.state_dict())
-        if fresh:
-            nn.init.normal_(self.weight, std=std)
-            nn.init.zeros_(self.bias) if self.bias is not None else None
-
-    def forward(self, x, base):
-        return super().forward(x)
-
-def path_linear(base, config):
-    """The path's version of the linear layer `base`, as config.path says."""
-    if config.path == "lora":
-        return LoRALinear(base, config.lora_rank, config.lora_alpha)
-    return OwnLinear(base, config.path == "scratch", std=config.text_config.initializer_range)
-
-
-# ---- Conditioning on time and class (Section 3.2) --------------------------------------------------------------------
 def time_features(t, size):
-    """Cosines and sines of t at geometric frequencies from 1 to 1/10000: t float32 [M, 1] -> [M, size]. See `L2D.condition`."""
-    frequencies = torch.exp(-math.log(10000) / (size // 2) * torch.arange(size // 2, device=t.device))
+    """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size].
+    On [0, 1] most sines are nearly linear and most cosines nearly 1. The release has it so, too."""
+    half = size // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
 
+def mlp(n_in, n_hidden, n_out):
+    """[.., n_in] -> [.., n_out]. All weights are set in `DiffusionPath.initialize`."""
+    return nn.Sequential(Linear(n_in, n_hidden), nn.SiLU(), Linear(n_hidden, n_out))
 
-# ---- Tokens as points (Eq. 5), and how x_t enters the path -----------------------------------------------------------
+# ---- Diffusion vocabulary (Section 2.2, Eq. 5) and rescaling (Section 3.2) -----------------------
+
 class DiffusionVocabulary(nn.Module):
-    """x_1(y) = sqrt(d)·z/|z| with z = W_v e_y + b_v: the LM's frozen embedding of y, projected onto a sphere. Its variance is
-    1, whatever W_v learns, so that sigma sets the signal-to-noise ratio, and training cannot cheat by growing the tokens."""
+    """Tokens as points: x_1 = sqrt(d)·z/|z| with z = W_v e + b_v, where e is the LM's embedding.
+    The norm fixes the variance at 1 per coordinate. Otherwise training could make its task easy
+    by moving tokens away from the noise. (b_v is in the release, not in the paper.)"""
 
-    def __init__(self, embedding, dim):
+    def __init__(self, hidden_size, dim):
         super().__init__()
-        self.proj = Linear(embedding.embedding_dim, dim)
-        nn.init.xavier_uniform_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.proj = Linear(hidden_size, dim)
 
-    def forward(self, embeddings):                       # [.., D] -> [.., d]
+    def forward(self, embeddings):                                    # [.., D] -> float32 [.., d]
         z = self.proj(embeddings.float())
         return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1, eps=1e-12)
 
-    @torch.no_grad()
-    def table(self, embedding):
-        """x_1 of the whole vocabulary: float32 [V, d]. Built once and kept until W_v or b_v change."""
-        rows = embedding.weight.split(16384)             # in pieces: the embeddings of a 128k vocabulary in float32 are 1 GB
-        return once(self, "_table", self.parameters(), lambda: torch.cat([self(part) for part in rows]))
-
 def rescale(x_t, t, sigma):
-    """x_t has variance (1 - t)²·sigma² + t² per coordinate; divide it away, so that the path always sees variance 1."""
+    """x_t over its standard deviation, so that the path sees unit variance at every t."""
     return x_t / ((1 - t) ** 2 * sigma**2 + t**2) ** 0.5
 
+# ---- The block (Section 3.1, Fig. 2) -------------------------------------------------------------
 
-# ---- What the path sees of the main path -----------------------------------------------------------------------------
 @dataclass
 class Context:
-    """What one run of the main path leaves for M diffusion tokens: nothing here depends on x_t or t. They do not see each other,
-    so they are a flat list of queries, from whichever rows and columns of the batch. Only attention cares where: it groups
-    the queries of a row, N at most, to share that row's keys."""
-    hidden: torch.Tensor                                 # [M, D] the LM's hidden state at each position, before its norm
-    normed: torch.Tensor                                 # [M, D] the same after the norm
-    cos: torch.Tensor                                    # [M, 1, E] rotary embedding of the position of the input token
-    sin: torch.Tensor
-    keys: list                                           # per block [B, H_kv, L, E]: the LM's, after RoPE
-    values: list
-    masks: list                                          # per block [B, 1, N·G, L]: 0 where a query may look, else -inf
-    slots: torch.Tensor                                  # [M] row·N + n: query m is the n-th of its row
-    N: int
-    seeds: torch.Tensor                                  # [M] with the position: the address of the query's noise
-    positions: torch.Tensor                              # [M]
-    class_ids: torch.Tensor | None                       # [M], None for a model without classes
-    grid: dict                                           # t -> L2D.modulations: the same for all tokens
-    previous: torch.Tensor                               # [M, d] the estimate x̂ of the evaluation before, 0 before the first
+    """What one run of the LM leaves for N diffusion tokens in each of B rows; `L2D.read` makes it.
+    Nothing here depends on x_t or t, which is why the main path runs once per token."""
+    layers: nn.ModuleList               # layers, norm, head, embedding: frozen parts of the LM
+    norm: nn.Module
+    head: nn.Module
+    embedding: nn.Embedding
+    hidden: torch.Tensor                # [B, N, D]  the LM's hidden state before its final norm
+    cos: torch.Tensor                   # [B, N, 1, E]  rotary embedding of each position
+    sin: torch.Tensor                   # [B, N, 1, E]
+    keys: list                          # per block [B, K, L, E]  after the rotary embedding
+    values: list                        # per block [B, K, L, E]
+    masks: list                         # per block [B, 1, N·G, L]  0 where visible, else −inf
+    seeds: torch.Tensor                 # [B, N]  seed of the row
+    positions: torch.Tensor             # [B, N]  seed and position determine the noise
+    class_ids: torch.Tensor | None      # [B, N]  None for a model without classes
+    valid: torch.Tensor                 # [B, N]  False for filler in rows with fewer queries
 
-    def with_null(self, null):
-        """Every query twice in a row, with its class and with the null class: two queries on the same keys and values."""
-        names = ("hidden", "normed", "cos", "sin", "seeds", "positions", "previous")
-        twice = {k: getattr(self, k).repeat_interleave(2, 0) for k in names}
-        return replace(self, **twice, N=2 * self.N, masks=[m.repeat_interleave(2, 2) for m in self.masks],
-                       slots=torch.stack([2 * self.slots, 2 * self.slots + 1], 1).flatten(),
-                       class_ids=torch.stack([self.class_ids, torch.full_like(self.class_ids, null)], 1).flatten())
+    def logits(self, hidden):                                         # [B, N, D] -> [B, N, V]
+        return self.head(self.norm(hidden))
 
-    def attend(self, i, q, scale):
-        """Cross attention of the queries on the keys and values of block i: q [M, H, E] -> [M, H·E].
-        The G heads that share keys (grouped-query attention) become further queries on them: keys are never repeated."""
-        (B, H_kv, _, E), (M, H, _), N = self.keys[i].shape, q.shape, self.N
-        if M != B * N:                                   # otherwise every row has N queries, and they are in order
-            q = q.new_zeros(B * N, H * E).index_copy(0, self.slots, q.reshape(M, H * E))
-        grouped = q.view(B, N, H_kv, H // H_kv, E).transpose(1, 2).reshape(B, H_kv, -1, E)
-        out = F.scaled_dot_product_attention(grouped, self.keys[i], self.values[i], self.masks[i], scale=scale)
-        out = out.view(B, H_kv, N, H // H_kv, E).transpose(1, 2).reshape(B * N, H * E)
-        return out if M == B * N else out.index_select(0, self.slots)
+    def with_null_class(self, null):
+        """For guidance: each query twice, with its class and with the null class. N becomes 2N."""
+        names = ("hidden", "cos", "sin", "seeds", "positions", "valid")
+        twice = {name: torch.cat([getattr(self, name)] * 2, dim=1) for name in names}
+        class_ids = torch.cat([self.class_ids, torch.full_like(self.class_ids, null)], dim=1)
+        masks = [torch.cat([mask, mask], dim=2) for mask in self.masks]
+        return replace(self, **twice, class_ids=class_ids, masks=masks)
 
-    def refuse_nan(self, x_t, t, logits):
-        """RuntimeError: names the first query whose logits are NaN or inf, and the time."""
-        bad = (~logits.amax(-1).isfinite()).nonzero()
-        if len(bad):
-            m, times = bad[0, 0], torch.as_tensor(t).expand(len(x_t), 1)
-            raise RuntimeError(f"NaN or inf in row {self.slots[m] // self.N}, position {self.positions[m]}, at t={times[m, 0]:g}: "
-                               "look for such numbers in the weights of the base and the path; float16 also overflows")
-
-def rotate(q, cos, sin):
-    """Rotary position embedding of q [M, H, E], with the base's own tables."""
-    left, right = q.chunk(2, dim=-1)
-    return q * cos + torch.cat([-right, left], dim=-1) * sin
-
-
-# ---- A block of the diffusion path (Section 3.1, Fig. 2) -------------------------------------------------------------
 def modulate(x, norm, scale, shift):
-    """AdaRMSNorm: (gain + scale)·rms(x) + shift, in float32, back in x's dtype. [M, D] -> [M, D].
-    gain is the LM's own frozen norm weight. Note gain + scale, where DiT has gain·(1 + scale)."""
+    """(gain + scale)·rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
+    gain is the LM's frozen norm weight. (DiT has gain·(1 + scale).)"""
     rms = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
     return ((norm.weight.float() + scale) * rms + shift).to(x.dtype)
 
+def rotate(q, cos, sin):
+    """Rotary position embedding of q [B, N, H, E], with the LM's own cos and sin."""
+    left, right = q.chunk(2, dim=-1)
+    return q * cos + torch.cat([-right, left], dim=-1) * sin
+
 class Block(nn.Module):
-    """One layer of the LM, walked by the diffusion tokens: cross attention to the main path's keys and values, then the MLP.
-    Its five linear layers are the LM's with an update. `modulation`, the scale, shift and gate of both halves, comes from
-    the condition, through a head that starts at zero."""
+    """One layer of the LM as the diffusion path uses it: cross attention to the main path's keys
+    and values, then the MLP. Its five linear layers are the LM's with a LoRA update each (or the
+    path's own: `path_linear` in Part II). Time and class set the scales, shifts and gates."""
 
     def __init__(self, layer, config):
         super().__init__()
-        self.adaLN_modulation = mlp(config.cond_dim, config.cond_dim, 6 * config.text_config.hidden_size, init="zero")
+        C, D = config.cond_dim, config.text_config.hidden_size
+        self.adaLN_modulation = mlp(C, C, 6 * D)
         self.q_proj = path_linear(layer.self_attn.q_proj, config)
         self.o_proj = path_linear(layer.self_attn.o_proj, config)
         self.gate_proj = path_linear(layer.mlp.gate_proj, config)
         self.up_proj = path_linear(layer.mlp.up_proj, config)
         self.down_proj = path_linear(layer.mlp.down_proj, config)
 
-    def forward(self, f, modulation, layer, context, i):  # f [M, D], modulation [M or 1, 6D], layer: the LM's i-th
+    def forward(self, f, modulation, context, i):
+        """f [B, N, D], modulation [B, N, 6D] (or a shape that broadcasts) -> [B, N, D]."""
+        layer = context.layers[i]
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
-        n = modulate(f, layer.input_layernorm, scale_1, shift_1)
-        f = f + gate_1 * self.attention(n, layer.self_attn, context, i)
-        n = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)
-        return f + gate_2 * self.mlp(n, layer.mlp)
+        n = modulate(f, layer.input_layernorm, scale_1, shift_1)                # [B, N, D]
+        f = f + gate_1 * self.attention(n, layer.self_attn, context, i)         # [B, N, D]
+        n = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)       # [B, N, D]
+        return f + gate_2 * self.mlp(n, layer.mlp)                              # [B, N, D]
 
-    def attention(self, n, attn, context, i):            # [M, D] -> [M, D]
-        q = self.q_proj(n, attn.q_proj).unflatten(-1, (-1, attn.head_dim))
-        if hasattr(attn, "q_norm"):                      # Qwen3
+    def attention(self, n, attn, context, i):
+        (B, N, _), keys = n.shape, context.keys[i]
+        q = self.q_proj(n, attn.q_proj).view(B, N, -1, attn.head_dim)           # [B, N, H, E]
+        if hasattr(attn, "q_norm"):                                             # Qwen3
             q = attn.q_norm(q)
         q = rotate(q, context.cos, context.sin)
-        return self.o_proj(context.attend(i, q, attn.scaling), attn.o_proj)
+        # The G heads that share keys (grouped-query attention) become G queries on them, next to
+        # each other. So keys and values are used where they lie and never copied.
+        q = q.view(B, N, keys.shape[1], -1, attn.head_dim).transpose(1, 2)      # [B, K, N, G, E]
+        a = F.scaled_dot_product_attention(
+            q.flatten(2, 3), keys, context.values[i], context.masks[i], scale=attn.scaling)
+        a = a.unflatten(2, (N, -1)).transpose(1, 2)                             # [B, N, K, G, E]
+        return self.o_proj(a.flatten(2), attn.o_proj)                           # [B, N, D]
 
-    def mlp(self, n, lm_mlp):                            # [M, D] -> [M, D]
-        gate = lm_mlp.act_fn(self.gate_proj(n, lm_mlp.gate_proj))
+    def mlp(self, n, lm_mlp):
+        gate = lm_mlp.act_fn(self.gate_proj(n, lm_mlp.gate_proj))               # [B, N, ffn]
         return self.down_proj(gate * self.up_proj(n, lm_mlp.up_proj), lm_mlp.down_proj)
 
+# ---- The diffusion path, and its way back into the LM (Section 3.1, Eq. 6) -----------------------
 
-# ---- Solvers (Algorithm 1, A.2) --------------------------------------------------------------------------------------
-# They know nothing of the model but velocity(x, t, t_next) -> dx/dt, with x and dx [M, d] and t a float or [M, 1]. t_next is the
-# time that the evaluation leads to: Algorithm 1 draws x̂ at a temperature that falls with it. A row below is one of the M states.
+class DiffusionPath(nn.Module):
+    """Everything that is trained and saved, and nothing of the LM."""
+    gradient_checkpointing = False      # recompute blocks in the backward pass, to save memory
+
+    def __init__(self, config, layers):
+        super().__init__()
+        D, d, C = config.text_config.hidden_size, config.dim, config.cond_dim
+        self.config, self.null = config, len(config.class_names)
+        self.vocabulary = DiffusionVocabulary(D, d)
+        self.x_embedder = mlp(d, C, D)
+        self.t_embedder = mlp(C, C, C)
+        if config.class_names:
+            self.class_embedder = nn.Embedding(self.null + 1, C)
+        self.blocks = nn.ModuleList(Block(layer, config) for layer in layers)
+        self.output_weight = mlp(C, C, D)           # its last bias cancels in w(t) − w(0)
+        self.initialize()
+
+    def initialize(self):
+        """Xavier-uniform weights and zero biases; N(0, 0.02²) for the embeddings of time and class.
+        The last layer of every head is zero-initialised: the blocks start as the identity, the
+        path with weight 0. At first only the last layer of output_weight has a gradient."""
+        for module in self.modules():
+            if type(module) is Linear:              # not the LM's copies (path="full")
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.t_embedder[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder[2].weight, std=0.02)
+        if self.config.class_names:
+            nn.init.normal_(self.class_embedder.weight, std=0.02)
+        for head in [self.output_weight, *(block.adaLN_modulation for block in self.blocks)]:
+            nn.init.zeros_(head[2].weight)
+
+    def condition(self, t, class_ids):
+        """Embedding of time, t [B, N, 1], plus that of the class: [B, N, C], or [B, 2N, C] with
+        guidance, where class_ids are [B, 2N]."""
+        c = self.t_embedder(time_features(t, self.config.cond_dim))
+        if class_ids is None:
+            return c
+        return c.repeat(1, class_ids.shape[1] // c.shape[1], 1) + self.class_embedder(class_ids)
+
+    def modulations(self, t, class_ids, dtype):
+        """All that time and class decide: each block's scales, shifts and gates [B, N, 6D], and
+        the weight w(t) − w(0), float32 [B, N, D]. At t = 0 it is exactly 0, for every class."""
+        c, c_0 = self.condition(t, class_ids), self.condition(torch.zeros_like(t), class_ids)
+        weight = self.output_weight(c) - self.output_weight(c_0)
+        return [block.adaLN_modulation(c.to(dtype)) for block in self.blocks], weight
+
+    def forward(self, x_t, t, context):
+        """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> logits [B, N, V]."""
+        return context.logits(self.hidden(x_t, t, context))
+
+    def hidden(self, x_t, t, context):
+        """The same, up to the hidden state before the LM's final norm [B, N, D]."""
+        modulations, weight = self.modulations(t, context.class_ids, context.hidden.dtype)
+        return self.walk(self.embed(x_t, t, context), modulations, weight, context)
+
+    def embed(self, x_t, t, context):
+        f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
+        return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)    # [B, N, D], guided 2N
+
+    def walk(self, f, modulations, weight, context):
+        """Through the blocks and back into the LM, Eq. 6: hidden + (w(t) − w(0))·f, [B, N, D]."""
+        for i, block in enumerate(self.blocks):
+            if self.gradient_checkpointing and f.requires_grad:
+                f = checkpoint(block, f, modulations[i], context, i, use_reentrant=False)
+            else:
+                f = block(f, modulations[i], context, i)
+        return (context.hidden + weight * f).to(f.dtype)
+
+    # Part II has a faster version of the next two, which remembers what depends on weights alone.
+
+    def at_shared_time(self, x_t, t, context):
+        """One evaluation at a time that all positions share; t is a float."""
+        return self(x_t, torch.full_like(x_t[..., :1], t), context)
+
+    def table(self, embedding):
+        """x_1 of the whole vocabulary: float32 [V, d]; made in parts, to save memory."""
+        return torch.cat([self.vocabulary(part) for part in embedding.weight.split(16384)])
+
+# ---- Loss (Section 2.2, Eq. 3) -------------------------------------------------------------------
+
+def initial_noise(config, context):
+    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. `normal` and `uniform` (Part II) hash
+    an address to random numbers: the row's seed, the position and the use (NOISE, TIME, ..)."""
+    return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
+
+def token_losses(path, context, targets):
+    """Cross entropy of every target at a random time: targets int64 [B, N] -> losses [M], times
+    [M] of the M valid positions, row by row. x_1 is not detached, so the loss trains W_v too."""
+    address, valid = (context.seeds, context.positions), context.valid
+    t = uniform(1, *address, TIME)                                              # [B, N, 1]
+    if path.config.timesteps == "cosmap":           # arXiv:2403.03206, Section 3.1
+        t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
+    x_0 = initial_noise(path.config, context)                                   # [B, N, d]
+    x_1 = path.vocabulary(context.embedding(targets.clamp(min=0)))    # [B, N, d]; −100 in fillers
+    x_t = (1 - t) * x_0 + t * x_1
+    if context.class_ids is not None:               # one path learns both velocities of Eq. 7
+        dropped = uniform(1, *address, DROP)[..., 0] < path.config.class_dropout
+        context = replace(context, class_ids=context.class_ids.masked_fill(dropped, path.null))
+    hidden = path.hidden(x_t, t, context)                                       # [B, N, D]
+    return cross_entropy(context, hidden[valid], targets[valid]), t[valid][:, 0]
+
+def cross_entropy(context, hidden, targets, chunk=1024):
+    """−log p(target), float32: hidden [M, D], targets [M] -> [M]. In chunks of positions, computed
+    again in the backward pass, so that M x V logits never exist at once."""
+    def losses(h, y):
+        return F.cross_entropy(context.logits(h).float(), y, reduction="none")
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(losses, h, y, use_reentrant=False) for h, y in chunks])
+
+# ---- Velocity (Section 2.3, Eq. 4 and 8) and guidance (Section 3.2, Eq. 7) -----------------------
+
+def estimate(path, logits, t, context):
+    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]."""
+    table = path.table(context.embedding)
+    if path.config.velocity == "expectation":                                   # Eq. 8
+        return logits.float().softmax(-1) @ table
+    if path.config.velocity == "sample":
+        # At temperature 1 − t, with Gumbel noise: argmax(logits / tau + noise) is a draw. Each time
+        # has a noise of its own, so that x̂ is a function of x and t.
+        moment = (t[..., 0] * 2**24).long()
+        noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
+        logits = logits.float() + (1 - t) * noise
+    value, token = logits.max(-1)
+    failed = ~value.isfinite()[..., None]           # max of NaN still gives a token: keep the NaN
+    return table[token].masked_fill(failed, math.nan)
+
+def velocity(path, logits, x, t, context):
+    """dx/dt = (x̂ − x)/(1 − t), Eq. 4: x [B, N, d], logits [B, N, V], t [B, N, 1] or a float.
+    With guidance, logits [B, 2N, V] are those for the class, then for no class, at the same x.
+    There, mixing the two x̂ is mixing velocities: w·x̂(class) + (1 − w)·x̂(no class)."""
+    N, w = x.shape[1], path.config.guidance
+    times = (t + torch.zeros_like(x[..., :1])).repeat(1, logits.shape[1] // N, 1)
+    x_hat = estimate(path, logits, times, context)
+    if x_hat.shape[1] > N:
+        x_hat = w * x_hat[:, :N] + (1 - w) * x_hat[:, N:]
+    return (x_hat - x) / (1 - t)
+
+# ---- Solvers (Algorithm 1, A.2) ------------------------------------------------------------------
+
+# A solver knows nothing but a function dxdt(x, t), with x [B, N, d], and its first value at t = 0.
+
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method: stage i is evaluated at t + c_i·h, at x + h·sum_j a_ij·k_j; the step is h·sum b_i·k_i.
-    The stages weighted by `error` are the difference to a method of one order less. fsal ("first same as last"): the last
-    stage is taken at the new state, and so serves as the first of the next step."""
+    """An explicit Runge-Kutta method: k_i = dxdt(x + h·sum_j a_ij k_j, t + c_i h), and the interval
+    of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: h·sum_i error_i k_i
+    is the difference to a method of one order less. first_same_as_last: the last k is taken at the
+    end of the interval and serves as k_1 of the next."""
     order: int
     c: tuple
     a: tuple
     b: tuple
     error: tuple = ()
-    fsal: bool = False
+    first_same_as_last: bool = False
 
 TABLEAUS = {
     "euler": Tableau(1, c=(0,), a=((),), b=(1,)),
     "midpoint": Tableau(2, c=(0, 1/2), a=((), (1/2,)), b=(0, 1)),
-    "rk4": Tableau(4, c=(0, 1/2, 1/2, 1), a=((), (1/2,), (0, 1/2), (0, 0, 1)), b=(1/6, 1/3, 1/3, 1/6)),
-    "fehlberg2": Tableau(2, c=(0, 1/2, 1), a=((), (1/2,), (1/256, 255/256)), b=(1/512, 255/256, 1/512),
-                         error=(-1/512, 0, 1/512)),
-    "bosh3": Tableau(3, c=(0, 1/2, 3/4, 1), a=((), (1/2,), (0, 3/4), (2/9, 1/3, 4/9)), b=(2/9, 1/3, 4/9, 0),
-                     error=(-5/72, 1/12, 1/9, -1/8), fsal=True),
+    "rk4": Tableau(4, c=(0, 1/2, 1/2, 1), a=((), (1/2,), (0, 1/2), (0, 0, 1)),
+                   b=(1/6, 1/3, 1/3, 1/6)),         # the classic one; the release has the 3/8 rule
+    "fehlberg2": Tableau(2, c=(0, 1/2, 1), a=((), (1/2,), (1/256, 255/256)),
+                         b=(1/512, 255/256, 1/512), error=(-1/512, 0, 1/512)),
+    "bosh3": Tableau(3, c=(0, 1/2, 3/4, 1), a=((), (1/2,), (0, 3/4), (2/9, 1/3, 4/9)),
+                     b=(2/9, 1/3, 4/9, 0), error=(-5/72, 1/12, 1/9, -1/8),
+                     first_same_as_last=True),
 }
 
-def intervals(solver, steps):
-    """The number of intervals that T = `steps` evaluations make with a fixed solver: one evaluation is the answer's, so that
-    T = 2n + 1 for midpoint, 4n + 1 for RK4; Euler takes any. ValueError: a T that cannot be, with its neighbours."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
-    per_step = len(TABLEAUS[solver].c)
-    if TABLEAUS[solver].error or (steps - 1) % per_step == 0:
-        return (steps - 1) // per_step
-    below = steps - (steps - 1) % per_step
-    raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = {per_step}n + 1; "
-                     f"the nearest are {below} and {below + per_step}")
+def weighted_sum(weights, ks):
+    return sum(w * k for w, k in zip(weights, ks) if w != 0)
 
-def end_time(config):
-    """Where the integration stops. The velocity divides by 1 - t, so a method that evaluates it at the end of its steps
-    (c = 1) must stop short of 1: at 1 - 1/sigma, as in A.2, or at 0.95 if that is later (for sigma = 3, say)."""
-    touches_end = TABLEAUS[config.solver].c[-1] == 1
-    default = 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
-    t_end = default if config.t_end is None else config.t_end
-    if not 0 < t_end <= 1 or (touches_end and t_end == 1):
-        raise ValueError(f"t_end={t_end} is not possible with {config.solver}: it must be above 0 and "
-                         f"{'below' if touches_end else 'at most'} 1")
-    return t_end
-
-def _weighted(weights, ks):
-    return sum(w * k for w, k in zip(weights, ks) if w)
-
-def stages(velocity, x, t, h, tableau, first=None):
-    """The derivatives k_1 .. k_s of one step from (x, t) over h; `first` is k_1 where it is already known."""
-    c_next = (*tableau.c[1:], 1)
-    ks = [velocity(x, t, t + c_next[0] * h) if first is None else first]
-    for c, a, after in zip(tableau.c[1:], tableau.a[1:], c_next[1:]):
-        ks.append(velocity(x + h * _weighted(a, ks), t + c * h, t + after * h))
+def stages(dxdt, x, t, h, tableau, k_1):
+    """k_1 .. k_s of the interval from t to t + h."""
+    ks = [k_1]
+    for c, a in zip(tableau.c[1:], tableau.a[1:]):
+        ks.append(dxdt(x + h * weighted_sum(a, ks), t + c * h))
     return ks
 
-def solve_fixed(velocity, x, t_end, n, tableau):
-    """x at t_end, from x at 0, in n equal steps."""
+def solve_fixed(dxdt, x, first, t_end, n, tableau):
+    """x at t_end, from x at 0, in n equal intervals. t is a float."""
+    h = t_end / n
     for i in range(n):
-        ks = stages(velocity, x, i / n * t_end, t_end / n, tableau)
-        x = x + t_end / n * _weighted(tableau.b, ks)
+        t = i / n * t_end
+        k_1 = first if i == 0 else dxdt(x, t)
+        x = x + h * weighted_sum(tableau.b, stages(dxdt, x, t, h, tableau, k_1))
     return x
 
-def solve_adaptive(velocity, x, t_end, tableau, atol, rtol, max_evaluations, first_step=0.05):
-    """x from 0 to t_end with a step of its own for every row, so that no row's answer depends on its neighbours. A step is
-    accepted where the error estimate, relative to the tolerance (root mean square over the row), is at most 1; else it is repeated,
-    shorter. The next step is 0.9 of what would just do: at most 10 times the last, after success no less, after failure at least 1/5.
-    Returns x [M, d], the time t [M, 1] reached (below t_end where a row ran into its cap), the evaluations used [M]."""
-    t = x.new_zeros(len(x), 1)
-    h, used = torch.full_like(t, min(first_step, t_end)), torch.ones_like(t)
-    k = velocity(x, 0.0, tableau.c[1] * h)
-    cost = len(tableau.c) - tableau.fsal                  # evaluations an accepted step needs, its successor's k_1 included
+def solve_adaptive(dxdt, x, first, t_end, tableau, atol, rtol, max_evaluations):
+    """x from 0 towards t_end. Each of the B·N states chooses its own intervals; t is [B, N, 1].
+    Returns x, the t reached (below t_end where the evaluations ran out) and the evaluations used
+    [B, N]: 1 for `first`, s − 1 for each try, 1 for a k_1 that is not known already."""
+    t = torch.zeros_like(x[..., :1])
+    h, used, k_1 = torch.full_like(t, min(0.05, t_end)), torch.ones_like(t), first
+    cost = len(tableau.c) - tableau.first_same_as_last      # of a try and the k_1 that follows
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
+        # Try an interval. (States that have ended go along, unchanged.)
         h = torch.minimum(h, t_end - t)
-        ks = stages(velocity, x, t, h, tableau, first=k)
-        x_new = x + h * _weighted(tableau.b, ks)
-        tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
-        ratio = (h * _weighted(tableau.error, ks) / tolerance).pow(2).mean(-1, keepdim=True).sqrt()
-        accept = running & ~(ratio > 1)                  # NaN is accepted, and so ends the row
+        ks = stages(dxdt, x, t, h, tableau, k_1)
         used += running * (len(tableau.c) - 1)
-        x = torch.where(accept, x_new, x)
-        t = torch.where(accept, torch.where(h < t_end - t, t + h, t_end), t)
-        growth = (0.9 * ratio ** (-1 / tableau.order)).clamp(max=10.0)
-        h = h * torch.maximum(growth, torch.where(accept, 1.0, 0.2))
-        if tableau.fsal:
-            k = torch.where(accept, ks[-1], k)
-        elif (moving := accept & (t < t_end)).any():     # the release reuses k_3 here, though taken at another state
-            k = torch.where(moving, velocity(x, t, t + tableau.c[1] * h), k)
-            used += moving
-    return x, t, used[:, 0].long()
+        x_new = x + h * weighted_sum(tableau.b, ks)
+        # Accept it if the error, relative to the tolerance and as a root mean square over d, is at
+        # most 1. NaN counts as accepted, so that the loop ends; the answer is checked for it.
+        tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
+        error = h * weighted_sum(tableau.error, ks) / tolerance
+        error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
+        accept = running & ~(error > 1)
+        t_new = torch.where(h < t_end - t, t + h, t_end)    # t_end itself, not a rounding of it
+        x, t = torch.where(accept, x_new, x), torch.where(accept, t_new, t)
+        # Scale h by 0.9·error^(−1/order), within [1, 10] after acceptance, else [0.2, 10].
+        factor = (0.9 * error ** (-1 / tableau.order)).clamp(max=10)
+        h = h * torch.maximum(factor, torch.where(accept, 1.0, 0.2))
+        # k_1 of the next interval, where the state has moved.
+        moved = accept & (t < t_end)
+        if tableau.first_same_as_last:
+            k_1 = torch.where(moved, ks[-1], k_1)
+        elif moved.any():
+            k_1 = torch.where(moved, dxdt(x, t), k_1)
+            used += moved
+    return x, t, used[..., 0].long()
 
+# ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
-# ---- The model: main path, diffusion path, and their sum (Eq. 6) -----------------------------------------------------
-class L2D(PreTrainedModel, GenerationMixin):
-    """A frozen causal LM with a diffusion path. To `generate`, pipelines and evaluation harnesses it is a causal LM, whose
-    logits come after config.steps evaluations of the path. The base, any `AutoModelForCausalLM` of a supported architecture,
-    is shared and never changed; the path is float32, on its device. ValueError: an unsupported base, or a bad setting."""
+def intervals(solver, steps):
+    """How many intervals T = `steps` evaluations make with a fixed-step solver. The answer takes
+    one more, so midpoint has T = 2n + 1. ValueError: no such T; it names the nearest."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
+    cost = len(TABLEAUS[solver].c)
+    below = steps - (steps - 1) % cost
+    if below != steps and not TABLEAUS[solver].error:
+        raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = "
+                         f"{cost}n + 1; the nearest are {below} and {below + cost}")
+    return (steps - 1) // cost
+
+def end_time(config):
+    """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
+    the end of an interval (c = 1) stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
+    touches_end = TABLEAUS[config.solver].c[-1] == 1
+    t_end = config.t_end
+    if t_end is None:
+        t_end = 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
+    if not 0 < t_end <= 1 or (touches_end and t_end == 1):
+        limit = "below" if touches_end else "at most"
+        raise ValueError(f"t_end={t_end} is not possible with {config.solver}: it must be above 0 "
+                         f"and {limit} 1")
+    return t_end
+
+@torch.no_grad()
+def diffuse(path, context, steps=None, observe=None):
+    """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps), and
+    the evaluations used, int64 [B, N]. Adaptive solvers choose their own T, unless steps is 1.
+    observe(x_t, t, logits) is called at each evaluation."""
+    config = path.config
+    steps = config.steps if steps is None else steps
+    n, t_end, tableau = intervals(config.solver, steps), end_time(config), TABLEAUS[config.solver]
+    evaluate = path if tableau.error else path.at_shared_time   # adaptive: times differ by state
+    guided = context
+    if config.guidance == 0:
+        guided = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
+    elif config.guidance != 1:
+        guided = context.with_null_class(path.null)
+
+    def seen(x, t, logits):
+        if observe is not None:
+            observe(x, t, logits[:, :x.shape[1]])
+        return logits
+
+    def dxdt(x, t):
+        return velocity(path, seen(x, t, evaluate(x, t, guided)), x, t, guided)
+
+    x, used = initial_noise(config, context), torch.ones_like(context.positions)
+    logits = seen(x, 0.0, context.logits(context.hidden))       # t = 0: the LM's, for every class
+    if steps == 1:
+        return logits, used
+    first = velocity(path, logits, x, 0.0, context)
+    if tableau.error:
+        x, t, used = solve_adaptive(dxdt, x, first, t_end, tableau, config.atol, config.rtol,
+                                    config.max_evaluations - 1)
+    else:
+        x, t, used = solve_fixed(dxdt, x, first, t_end, n, tableau), t_end, used * (steps - 1)
+    return seen(x, t, evaluate(x, t, context)), used + 1        # the answer: class only, unguided
+
+# ==== Part II: a causal LM to the rest of the world ===============================================
+
+# ---- Noise ---------------------------------------------------------------------------------------
+
+# Random numbers are a hash of their address (counter-based), not draws from a generator. So a
+# token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
+# is the row's seed, the position and the use. Each use has a stream of its own:
+TIME, NOISE, DROP, VELOCITY, ANSWER = range(5)
+
+def mix(x):
+    """splitmix64's mixing step, on int64. Products wrap around; masks make the shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+def uniform(n, *address):
+    """n numbers in (0, 1) at an address of int64 tensors [..] and integers: float32 [.., n]."""
+    key = 0
+    for coordinate in address:
+        key = mix(key ^ coordinate)
+    index = torch.arange(1, n + 1, device=key.device) * -0x61C8864680B583EB
+    return ((mix(key[..., None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
+
+def normal(n, *address):
+    """n standard normal numbers at an address: float32 [.., n]."""
+    return torch.erfinv(2 * uniform(n, *address) - 1) * math.sqrt(2)
+
+def gumbel(n, *address):
+    """Gumbel noise, float32 [.., n]: argmax(logits + noise) is a draw from softmax(logits)."""
+    return -torch.log(-torch.log(uniform(n, *address)))
+
+def choose(logits, temperature, seeds, positions):
+    """The most likely token (temperature 0), or a draw that depends on seed and position alone:
+    logits [.., V], seeds and positions int64 [..] -> int64 [..]."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    noise = gumbel(logits.shape[-1], seeds, positions, ANSWER)
+    return (logits.float() / temperature + noise).argmax(-1)
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's layout
+PATHS = ("lora", "full", "scratch")
+TIMESTEPS = ("uniform", "cosmap")
+VELOCITIES = ("argmax", "sample", "expectation")
+IGNORE = -100                                       # label of a position that is not learnt
+SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "intermediate_size")        # what path and base must agree in
+
+class L2DConfig(transformers.PreTrainedConfig):
+    """Settings of a diffusion path. Fixed by training:
+    base_model       hub name or folder of the frozen LM; text_config is that LM's configuration
+    dim, cond_dim    d, the size of x_t, and C, the size of the conditioning
+    sigma            noise scale; sigma / sqrt(dim) decides at which t the token shows in the noise
+    path             "lora", "full" (trained copies of the layers) or "scratch" (fresh ones)
+    class_names      the J classes for guidance; class_dropout: share trained without their class
+    timesteps        how training draws t: "uniform" or "cosmap"
+    May change at any time, and are checked when they do (`update` changes several at once):
+    steps            T, the evaluations per token. Adaptive solvers choose their own, unless T = 1
+    solver           "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive)
+    velocity         x̂ is the most likely token ("argmax"), a drawn one ("sample"), or the
+                     "expectation"
+    guidance         w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
+    atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token
+    ValueError: a setting with an impossible value, or one that does not exist."""
+    model_type = "l2d"
+
+    def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0,
+                 path="lora", lora_rank=32, lora_alpha=32.0, class_names=(), class_dropout=0.2,
+                 timesteps="uniform", steps=15, solver="midpoint", velocity="argmax", guidance=1.0,
+                 t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000, **kwargs):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        if kwargs.pop("self_condition", False):             # an option of the first version
+            raise ValueError("self_condition=True is not supported any more: train this path "
+                             "anew, or use it with the first version (commit 2e35f6f)")
+        unknown = kwargs.keys() - vars(transformers.PreTrainedConfig()).keys() - KNOWN_TO_LIBRARY
+        if unknown:
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        self.base_model, self.text_config = base_model, text_config
+        self.class_names = list(class_names)
+        super().__init__(**kwargs)
+        self.update(dict(
+            dim=dim, cond_dim=cond_dim, sigma=sigma, path=path, lora_rank=lora_rank,
+            lora_alpha=lora_alpha, class_dropout=class_dropout, timesteps=timesteps, steps=steps,
+            solver=solver, velocity=velocity, guidance=guidance, t_end=t_end, atol=atol, rtol=rtol,
+            max_evaluations=max_evaluations))
+
+    def update(self, changes):
+        """Change several settings together. ValueError: they do not fit; then none is changed."""
+        check_settings(SimpleNamespace(**{**vars(self), **changes}))
+        vars(self).update(changes)
+
+    def __setattr__(self, name, value):
+        if "max_evaluations" in vars(self):                 # the last one: all others are there
+            check_settings(SimpleNamespace(**{**vars(self), name: value}))
+        super().__setattr__(name, value)
+
+    def check_base(self, base):
+        """ValueError: a base (its configuration) that this path cannot run on."""
+        if base.model_type not in SUPPORTED:
+            raise ValueError(f"{base.model_type!r} is not a supported architecture; supported: "
+                             f"{', '.join(SUPPORTED)}")
+        if self.path != "lora" and hasattr(base, "quantization_config"):
+            raise ValueError(f"path={self.path} needs a base that is not quantised: use lora")
+        for key in SIZES:
+            ours, theirs = getattr(self.text_config or base, key), getattr(base, key)
+            if ours != theirs:
+                raise ValueError(f"this path belongs to a base with {key}={ours}, but the base "
+                                 f"given has {key}={theirs}; load it onto "
+                                 f"{self.base_model or 'its own base'}")
+        self.text_config = self.text_config or base
+
+    def get_text_config(self, *args, **kwargs):
+        """What `generate` makes its cache for: the base, with every key kept. A cache that drops
+        keys outside a sliding window would not do: the path sees them at every evaluation."""
+        if self.text_config is None:
+            return self
+        config = copy.copy(self.text_config)
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+        return config
+
+KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
+                    "attn_implementation", "experts_implementation", "torch_dtype",
+                    "_name_or_path", "_commit_hash"}
+
+def check_settings(s):
+    """ValueError: names the first setting with an impossible value, and says what is possible."""
+    def require(good, name, rule):
+        if not good:
+            raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
+    choices = {"path": PATHS, "timesteps": TIMESTEPS, "velocity": VELOCITIES, "solver": TABLEAUS}
+    for name, known in choices.items():
+        require(getattr(s, name) in known, name, f"is unknown; use one of {', '.join(known)}")
+    for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
+        value = getattr(s, name)
+        require(isinstance(value, int) and value > 0, name, "must be a positive whole number")
+    for name in ("sigma", "lora_alpha", "atol", "rtol", "class_dropout", "guidance"):
+        value = getattr(s, name)
+        require(isinstance(value, (int, float)) and math.isfinite(value), name, "must be a number")
+    for name in ("sigma", "lora_alpha", "atol", "rtol"):
+        require(getattr(s, name) > 0, name, "must be a positive number")
+    require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
+    require(0 <= s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
+    require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
+    require(s.guidance >= 0, "guidance", "must be 0 or more")
+    none = s.guidance != 1 and not s.class_names
+    require(not none, "guidance", "needs classes, and this model has none: use 1")
+    intervals(s.solver, s.steps)
+    end_time(s)
+
+# ---- Table 8's alternatives to LoRA --------------------------------------------------------------
+
+class OwnLinear(Linear):
+    """The path's own copy of a layer of the LM. `base` is an argument to match LoRALinear."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.to(base.weight.device).load_state_dict(base.state_dict())
+
+    def forward(self, x, base):
+        return super().forward(x)
+
+def path_linear(base, config):
+    """The path's version of the LM's layer `base`: "lora", "full" (a trained copy) or "scratch"."""
+    if config.path == "lora":
+        return LoRALinear(base, config.lora_rank, config.lora_alpha)
+    layer = OwnLinear(base)
+    if config.path == "scratch":
+        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return layer
+
+# ---- The cache -----------------------------------------------------------------------------------
+
+class CachedPath(DiffusionPath):
+    """A path in evaluation mode, with all that depends on weights alone computed once: the blocks
+    in the LM's dtype, LoRA merged into copies of the LM's layers if asked, the vocabulary's table,
+    and the modulations of each time that all positions share. It is the one cache of this file."""
+
+    def __init__(self, path, layers, dtype, merge, compiled):
+        nn.Module.__init__(self)
+        self.config, self.null, self.by_time, self.rows = path.config, path.null, {}, None
+        for name, module in path.named_children():
+            setattr(self, name, module)
+        if merge or dtype != torch.float32:
+            blocks = [copy.deepcopy(block).to(dtype) for block in path.blocks]
+            self.blocks = nn.ModuleList(blocks)
+        if merge:
+            for block, own, layer in zip(self.blocks, path.blocks, layers):
+                merge_block(block, own, layer)
+        if compiled is not None:
+            self.walk = torch.compile(self.walk, **compiled)
+
+    def at_shared_time(self, x_t, t, context):
+        if t not in self.by_time:
+            classes = None
+            if context.class_ids is not None:               # once for every class
+                classes = torch.arange(self.null + 1, device=x_t.device)[None]
+            time = torch.full((1, 1, 1), t, device=x_t.device)
+            self.by_time[t] = self.modulations(time, classes, context.hidden.dtype)
+        modulations, weight = self.by_time[t]
+        if context.class_ids is not None:
+            modulations = [table[0, context.class_ids] for table in modulations]
+            weight = weight[0, context.class_ids]
+        hidden = self.walk(self.embed(x_t, t, context), modulations, weight, context)
+        return context.logits(hidden)
+
+    def table(self, embedding):
+        if self.rows is None:
+            self.rows = super().table(embedding)
+        return self.rows
+
+@torch.no_grad()
+def merge_block(block, own, layer):
+    """Replace every LoRA layer of `block` by W + (alpha / rank)·B A, in the dtype of W."""
+    for part in (layer.self_attn, layer.mlp):
+        for name, base in part.named_children():
+            lora = getattr(own, name, None)
+            if isinstance(lora, LoRALinear):
+                merged = OwnLinear(base)
+                merged.weight.add_(lora.lora_B @ lora.lora_A, alpha=lora.scaling)
+                setattr(block, name, merged.to(base.weight.dtype))
+
+# ---- The model -----------------------------------------------------------------------------------
+
+CACHE = "past_key_values"                           # the cache's name in the library's outputs
+if "cache" in CausalLMOutputWithPast.__dataclass_fields__:
+    CACHE = "cache"                                 # since transformers 5.24
+
+@dataclass
+class L2DOutput(CausalLMOutputWithPast):
+    """A causal LM's output, and the evaluations of the path at each position, int64 [B, N]."""
+    evaluations: torch.Tensor | None = None
+
+class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
+    """A frozen causal LM (`base`) and its diffusion path (`path`). To `generate`, pipelines and
+    evaluation harnesses it is a causal LM whose logits take config.steps evaluations of the path.
+    The base is shared, never changed and always in evaluation mode. The path is float32.
+    ValueError: a base of an unsupported architecture or of other sizes than the path's."""
     config_class = L2DConfig
     base_model_prefix = "base"
     _supports_sdpa = supports_gradient_checkpointing = True
-    gradient_checkpointing = False                       # `gradient_checkpointing_enable()` sets it, as in any model
 
     def __init__(self, config, base):
-        config.check(base.config)
+        config.check_base(base.config)
         config.base_model = config.base_model or base.name_or_path
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
-        self.generation_config.disable_compile = True    # on CUDA with a static cache `generate` would compile all of this
-        self.evaluations = None                          # [M] path evaluations of each position in the last forward
-        D, d, C = base.config.hidden_size, config.dim, config.cond_dim
+        self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
-            self.vocabulary = DiffusionVocabulary(base.get_input_embeddings(), d)
-            self.x_embedder = mlp(d, C, D)
-            if config.self_condition:
-                self.previous_embedder = mlp(d, C, D, init="zero")
-            self.t_embedder = mlp(C, C, C, init="normal")
-            if config.class_names:
-                self.class_embedder = nn.Embedding(len(config.class_names) + 1, C)
-                nn.init.normal_(self.class_embedder.weight, std=0.02)
-            self.blocks = nn.ModuleList(Block(layer, config) for layer in base.model.layers)
-            self.output_weight = mlp(C, C, D, init="zero")           # its last bias cancels in Eq. 6 (kept for the count)
+            self.path = DiffusionPath(config, base.model.layers)
+        self.merging, self.compiled, self.cache = False, None, {}
         self.post_init()
 
     def init_weights(self):
-        """Nothing to do: the path's modules initialise themselves, and the base must not be touched."""
+        """Nothing to do: the path initialises itself, and the base must not be touched."""
+
+    # The cache's one rule: it exists in evaluation mode, and holds for the weights that it was made
+    # from. train(), eval() and every change of a weight that torch can see drop it. After a loss
+    # with gradients there is none until eval(), since some optimizers change weights unseen.
 
     def train(self, mode=True):
-        """Training mode is the path's; the base, and any dropout it may have, stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
+        self.cache = {}
         return self
 
-    def path_parameters(self):
-        """The trained parameters by name: all but the base's. What is trained is what is saved."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+    def forget(self):
+        """Drop what the cache holds."""
+        self.cache = None if self.cache is None else {}
 
-    # -- the main path ----------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-             inputs_embeds=None, class_ids=None, seeds=None):
-        """Run the frozen LM over the tokens once, and collect what the path needs at the positions `keep` [B, S] (bool).
-        past_key_values, a cache, grows by S positions, as in any causal LM. class_ids [B]: None for the null class. seeds [B]: the
-        noise of a row, drawn from torch's generator if None. Returns a Context of M = keep.sum() queries."""
-        B, S = keep.shape
-        past = torch.as_tensor(past_key_values.get_seq_length(), device=keep.device).clone()   # copied: a static cache counts on
-        position_ids = (past + torch.arange(S, device=keep.device) if position_ids is None else position_ids).expand(B, S)
-        lm, norm = self.base.model, self.base.model.norm
-        lm.norm = nn.Identity()                          # the path is added before the last norm; what is there, no LM returns
-        try:
-            hidden = lm(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=True).last_hidden_state
-        finally:                                         # (by position: the cache's name differs between versions of transformers)
-            lm.norm = norm
-        if past_key_values.get_seq_length() != past + S:
-            raise RuntimeError(f"the base has not written its {S} keys into the cache: this version of transformers is not supported; "
-                               "install the versions in requirements.txt")
-        cos, sin = lm.rotary_emb(hidden, position_ids)
-        rows, columns = keep.nonzero(as_tuple=True)
-        layers = past_key_values.layers
-        masks, slots, N = self.visible(keep, past, layers[0].keys.shape[2], attention_mask)
-        seeds = torch.randint(2**62, (B,)) if seeds is None else seeds  # on the CPU: MPS has no random int64
-        own = (p for part in self.children() if part is not self.base for p in part.parameters())
-        return Context(
-            hidden=hidden[rows, columns], normed=norm(hidden[rows, columns]), cos=cos[rows, columns, None],
-            sin=sin[rows, columns, None], keys=[c.keys for c in layers], values=[c.values for c in layers], masks=masks,
-            slots=slots, N=N, seeds=seeds.to(rows).expand(B)[rows], positions=position_ids[rows, columns],
-            grid=once(self, "_grid", own, dict), previous=torch.zeros(len(rows), self.config.dim, device=rows.device),
-            class_ids=None if class_ids is None and not self.config.class_names else
-            self.check_classes(class_ids, B, keep.device)[rows])
-
-    def visible(self, keep, past, length, attention_mask):
-        """The query at position k sees keys 0..k, k included, except padding and what lies outside a sliding window.
-        Returns the masks, the slots and N of a Context."""
-        B, N = len(keep), int(keep.sum(1).max())
-        rows, columns = keep.nonzero(as_tuple=True)
-        slots = rows * N + (keep.cumsum(1) - 1)[keep]
-        column = (past + columns).new_zeros(B * N).index_copy(0, slots, past + columns).view(B, 1, N, 1)
-        key = torch.arange(-(-length // 8) * 8, device=keep.device)  # CUDA's kernels copy masks whose rows are not aligned
-        see = key <= column
-        if attention_mask is not None:
-            see = see & F.pad(attention_mask.bool(), (0, len(key) - attention_mask.shape[1]))[:, None, None]
-        see = see | (key == column)                      # a query on padding, never used, sees itself: else NaN
-        config, masks = self.base.config, {}
-        types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        windows = [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in types]
-        for window in set(windows):                      # None where a block sees everything
-            unseen = ~see if window is None else ~see | (key <= column - window)
-            mask = torch.zeros(unseen.shape, dtype=self.base.dtype, device=keep.device).masked_fill(unseen, -math.inf)
-            masks[window] = mask.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, dim=2)[..., :length]
-        return [masks[window] for window in windows], slots, N
-
-    def check_classes(self, class_ids, B, device):
-        """class_ids as int64 [B], the null class where None is given. ValueError: a number that names no class."""
-        J = len(self.config.class_names)
-        class_ids = torch.as_tensor(J if class_ids is None else class_ids, device=device).expand(B)
-        if not J or class_ids.min() < 0 or class_ids.max() > J:
-            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{J} ({J} means no class); the classes are "
-                             f"{', '.join(self.config.class_names) or 'none: this model was trained without'}")
-        return class_ids
-
-    # -- the diffusion path -----------------------------------------------------------------------------------------
-    def condition(self, t, class_ids):
-        """c(t, g) = c(t) + G[g], float32 [M, C], or [1, C] where t is one for all and there are no classes."""
-        c = self.t_embedder(time_features(t, self.config.cond_dim))
-        return c if class_ids is None else c + self.class_embedder(class_ids)
-
-    def modulations(self, t, class_ids, dtype):
-        """All that time and class decide: every block's scales, shifts and gates [.., 6D], and w(t) - w(0), float32 [.., D]."""
-        c, c_0 = self.condition(t, class_ids), self.condition(torch.zeros_like(t), class_ids)
-        return [block.adaLN_modulation(c.to(dtype)) for block in self.blocks], self.output_weight(c) - self.output_weight(c_0)
-
-    def path(self, x_t, t, context):
-        """One evaluation of the path: x_t [M, d] and t (a float, or [M, 1]) -> hidden state [M, D] before the final norm.
-        The modulations of a time that all share are computed once, for every class, and serve all tokens: `Context.grid`."""
-        f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
-        if self.config.self_condition:
-            f = f + self.previous_embedder(context.previous.to(f.dtype))
-        if torch.is_tensor(t) or torch.is_grad_enabled():
-            t = torch.as_tensor(t, device=f.device).view(-1, 1)
-            return self.walk(f, *self.modulations(t, context.class_ids, f.dtype), None, context)
-        if t not in context.grid:
-            classes = None if context.class_ids is None else torch.arange(len(self.config.class_names) + 1, device=f.device)
-            context.grid[t] = self.modulations(x_t.new_full((1, 1), t), classes, f.dtype)
-        return self.walk(f, *context.grid[t], context.class_ids, context)
-
-    def walk(self, f, modulations, weight, classes, context):
-        """Through the blocks, and into the LM: hidden + (w(t) - w(0))·f, Eq. 6: at t = 0 exactly the LM's own, for every class.
-        classes [M] says which row of the modulations is whose, None that they are in order. This is the part to compile."""
-        pick = lambda m: m if classes is None else m.index_select(0, classes)
-        for i, (block, layer) in enumerate(zip(self.blocks, self.base.model.layers)):
-            block = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and f.requires_grad else block
-            f = block(f, pick(modulations[i]), layer, context, i)
-        return (context.hidden + pick(weight) * f).to(f.dtype)
-
-    def logits(self, x_t, t, context):
-        """The LM's next-token logits after looking at x_t: [M, V]. At t = 0 they are its own, and the path need not run."""
-        if isinstance(t, float) and t == 0:
-            return self.base.lm_head(context.normed)
-        return self.base.lm_head(self.base.model.norm(self.path(x_t, t, context)))
+    def current_path(self):
+        """The path to evaluate with. (Edits through `p.data` are invisible: call eval() after.)"""
+        if self.training or self.cache is None:
+            return self.path
+        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters()]
+        if self.cache.get("weights") != weights:
+            path = CachedPath(self.path, self.base.model.layers, self.base.dtype, self.merging,
+                              self.compiled)
+            self.cache = {"weights": weights, "path": path}
+        return self.cache["path"]
 
     def merge_lora(self, merging=True):
-        """For inference, add every LoRA update into a copy of the LM's layer, which takes the memory of those layers once more
-        (1.9 GB for Llama-3.2-1B in bfloat16). Training and loading drop the copies; saving is the same. ValueError: quantised."""
+        """In evaluation mode, add each LoRA update into a copy of the LM's layer: faster, for the
+        memory of those layers (1.9 GB for Llama-3.2-1B in bfloat16). ValueError: quantised base."""
         if merging and getattr(self.base, "is_quantized", False):
-            raise ValueError("the base's weights are quantised, and nothing can be added to them: leave out merge_lora()")
-        for block, layer in zip(self.blocks, self.base.model.layers):
-            for name, own in block.named_children():
-                if isinstance(own, LoRALinear):          # now, not at first use: a CUDA graph would take the copies for its own
-                    w = (getattr(layer.self_attn, name, None) or getattr(layer.mlp, name)).weight
-                    own.merged = (w + own.scaling * own.lora_B @ own.lora_A).detach().to(w.dtype) if merging else None
+            raise ValueError("the base's weights are quantised, and nothing can be added to them: "
+                             "leave out merge_lora()")
+        self.merging = merging
+        self.forget()
 
-    # -- training (Section 2.2, Eq. 3) ------------------------------------------------------------------------------
-    def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None, class_ids=None, seeds=None):
-        """The cross entropy of every labelled token at a random time of its own (Eq. 3): losses [M] and times t [M], row by row.
-        labels [B, S]: labels[:, k + 1] is the token that position k shall predict, -100 for none, as in any causal LM; no other
-        position passes through the path. ValueError: no label. Learning starts at output_weight's last layer, the only one
-        with a gradient while it is zero; the others follow."""
-        keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))
-        if not keep.any():
-            raise ValueError(f"every label after the first position is {IGNORE}: there is nothing to learn from this batch")
-        context = self.read(keep, input_ids, attention_mask, position_ids, DynamicCache(), None, class_ids, seeds)
-        self._grid = self.vocabulary._table = (None, None)           # the path is about to change, see `once`
-        targets = labels[:, 1:][keep[:, :-1]].long()
-        draw = lambda stream: uniform(context.seeds, context.positions, stream, 1)
-        if context.class_ids is not None:                # so that one path learns both velocities of Eq. 7
-            dropped = draw(DROP)[:, 0] < self.config.class_dropout
-            context.class_ids = context.class_ids.masked_fill(dropped, len(self.config.class_names))
-        t = draw(TIME)
-        if self.config.timesteps == "cosmap":
-            t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
-        x_0, x_1 = self.noise(context), self.vocabulary(self.base.get_input_embeddings()(targets))     # the loss trains W_v too
-        if self.config.self_condition:
-            context.previous = self.recall(x_0, x_1, t, context)
-        x_t = (1 - t) * x_0 + t * x_1
-        return self.cross_entropy(self.path(x_t, t, context), targets), t[:, 0]
+    def compile_path(self, **options):
+        """In evaluation mode, run the blocks of the path as one graph: torch.compile(**options)."""
+        self.compiled = options
+        self.forget()
+
+    # Reading the context with the frozen LM
 
     @torch.no_grad()
-    def recall(self, x_0, x_1, t, context):
-        """What training shows as the previous estimate, [M, d]: for two positions in five the LM's own guess (the estimate at
-        t = 0), for two the path's answer to that guess at an earlier time, else nothing. So it learns from wrong ones too."""
-        table = self.vocabulary.table(self.base.get_input_embeddings())
-        believed = lambda hidden: table[torch.cat([self.base.lm_head(h).argmax(-1) for h in hidden.split(1024)])]
-        guess, draw = believed(context.normed), lambda stream: uniform(context.seeds, context.positions, stream, 1)
-        earlier, shown = draw(EARLIER) * t, draw(SHOWN)
-        shown_guess = replace(context, previous=guess)
-        answer = believed(self.base.model.norm(self.path((1 - earlier) * x_0 + earlier * x_1, earlier, shown_guess)))
-        return torch.where(shown < 0.4, guess, answer) * (shown < 0.8)
+    def run_base(self, input_ids, attention_mask, position_ids, cache, inputs_embeds=None):
+        """Run the LM over S new tokens; the cache grows by S. Returns the hidden state before its
+        final norm [B, S, D]. The path is added there, and the library returns it only normed."""
+        lm, past, caught = self.base.model, int(cache.get_seq_length()), []
 
-    def noise(self, context):
-        """x_0 = sigma·eps of every query: float32 [M, d]."""
-        return self.config.sigma * normal(context.seeds, context.positions, NOISE, self.config.dim)
+        def catch(module, inputs):
+            caught.append(inputs[0])
+        with lm.norm.register_forward_pre_hook(catch):      # by position: the cache's name changes
+            lm(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=True)
+        hidden = caught[0]
+        if int(cache.get_seq_length()) != past + hidden.shape[1]:
+            raise RuntimeError(f"the base has not written its {hidden.shape[1]} keys into the "
+                               "cache: install a version of transformers that requirements.txt "
+                               "allows")
+        return hidden
 
-    def cross_entropy(self, hidden, targets, chunk=1024):
-        """-log p(target) from hidden states [M, D] -> [M], without ever holding M x V logits: one chunk of positions at a
-        time passes through the head, and again in the backward pass."""
-        losses = lambda h, y: F.cross_entropy(self.base.lm_head(self.base.model.norm(h)).float(), y, reduction="none")
-        return torch.cat([checkpoint(losses, h, y, use_reentrant=False)
-                          for h, y in zip(hidden.split(chunk), targets.split(chunk))])
-
-    # -- velocity and guidance (Section 2.3, Eq. 4, 7, 8) -----------------------------------------------------------
-    def estimate(self, logits, t, t_next, context):
-        """x̂, where the path now believes the token to be: logits [M, V] -> float32 [M, d]."""
-        table = self.vocabulary.table(self.base.get_input_embeddings())
-        if self.config.velocity == "expectation":
-            return logits.float().softmax(-1) @ table
-        if self.config.velocity == "sample":             # Gumbel noise turns argmax into a draw from softmax(logits / tau)
-            tau = torch.as_tensor(1 - t_next, device=logits.device).clamp(min=0)     # annealed: greedy as t_next reaches 1
-            stream = TOKEN + 4 * (2**24 * torch.as_tensor(t, device=logits.device)).long().view(-1)      # a draw for every t
-            gumbel = -torch.log(-torch.log(uniform(context.seeds, context.positions, stream, logits.shape[-1])))
-            logits = logits.float() + tau * gumbel
-        value, token = logits.max(-1)
-        return table[token] + 0 * value[:, None]         # argmax alone would hide NaN and inf; so they end in the answer
-
-    def velocity(self, x_t, t, t_next, context, observe=lambda *_: None):
-        """dx/dt = (x̂ - x_t)/(1 - t), Eq. 4: [M, d] -> [M, d].
-        With guidance, `context` holds every query twice: v = w·v(class) + (1 - w)·v(null), Eq. 7 with the plus sign that the
-        paper's print lost. Both velocities start at the same x_t, so it is enough to mix their x̂."""
-        w, copies = self.config.guidance, len(context.hidden) // len(x_t)
-        each = lambda v: v.repeat_interleave(copies, 0) if torch.is_tensor(v) else v
-        logits = self.logits(each(x_t), each(t), context)
-        observe(x_t, t, logits[::copies])
-        x_hat = context.previous = self.estimate(logits, each(t), each(t_next), context)
-        if copies == 2:
-            x_hat = w * x_hat[::2] + (1 - w) * x_hat[1::2]
-        return (x_hat - x_t) / (1 - t)
-
-    # -- Algorithm 1: from noise to the next token's logits ---------------------------------------------------------
     @torch.no_grad()
-    def diffuse(self, context, steps=None, observe=lambda *_: None):
-        """Logits [M, V] after `steps` evaluations of the path (default: config.steps), and the evaluations used [M].
-        The state moves from x_0 to t_end (or to where the cap ends it); the answer is one more evaluation there, with the
-        class, without guidance. observe(x_t, t, logits) sees every evaluation. ValueError: bad `steps`; RuntimeError: NaN."""
-        config, null = self.config, len(self.config.class_names)
-        config.check(self.base.config)                   # they may have been changed since the last call
-        steps = config.steps if steps is None else steps
-        n, tableau, t_end = intervals(config.solver, steps), TABLEAUS[config.solver], end_time(config)
-        queries = context = replace(context, previous=torch.zeros_like(context.previous))
-        if config.guidance == 0:
-            queries = replace(context, class_ids=torch.full_like(context.class_ids, null))
-        elif config.guidance != 1:
-            queries = context.with_null(null)
-        velocity = partial(self.velocity, context=queries, observe=observe)
-        x, t, used = self.noise(context), 0.0, torch.zeros_like(context.slots)
-        if tableau.error and steps > 1:
-            x, t, used = solve_adaptive(velocity, x, t_end, tableau, config.atol, config.rtol, config.max_evaluations - 1)
-        elif n:
-            x, t, used = solve_fixed(velocity, x, t_end, n, tableau), t_end, used + n * len(tableau.c)
-        context.previous = queries.previous[::len(queries.slots) // len(x)]
-        logits = self.logits(x, t, context)
-        observe(x, t, logits)
-        if not logits.amax(-1).isfinite().all():         # asked once a token; a second run tells where it began
-            self.diffuse(context, steps, observe=context.refuse_nan)
-        return logits, used + 1
+    def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, cache=None,
+             inputs_embeds=None, class_ids=None, seeds=None):
+        """Run the LM once and return the Context of the positions `keep`, bool [B, S]. N is the
+        most that a row keeps. class_ids, seeds: int64 [B]; None: no class, and random seeds."""
+        B, S = keep.shape
+        cache = DynamicCache() if cache is None else cache
+        past, device = int(cache.get_seq_length()), keep.device
+        if position_ids is None:
+            position_ids = past + torch.arange(S, device=device)
+        position_ids = position_ids.expand(B, S)
+        hidden = self.run_base(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        rows, columns = torch.arange(B, device=device)[:, None], self.kept_columns(keep)
+        return self.context(hidden[rows, columns], past + columns, position_ids[rows, columns],
+                            keep[rows, columns], cache, attention_mask, class_ids, seeds)
 
-    # -- a causal LM to the rest of the world -----------------------------------------------------------------------
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-                labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None, seeds=None,
-                num_items_in_batch=None, cache=None, return_dict=True, cache_position=None, output_attentions=None,
-                output_hidden_states=None, tokenizer=None):
-        """With labels [B, S]: the training loss, averaged over labelled tokens (or divided by num_items_in_batch).
-        Without: the next-token logits [B, N, V] after `steps` evaluations at every kept position, all in parallel.
-        input_ids [B, S] int64; attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
-        all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B], see `read`.
-        cache is transformers' newer name for past_key_values. What `generate` hands every model besides changes nothing here:
-        return_dict (the result is always a ModelOutput), cache_position (the cache knows), tokenizer (generate's, for stop_strings). All
-        others are refused by name.
-        Returns a CausalLMOutputWithPast. ValueError: bad steps, class or mask, or a cache that forgets keys."""
+    @staticmethod
+    def kept_columns(keep):
+        """The kept columns of each row, [B, N]. A row with fewer than N gets others at its end."""
+        N = int(keep.sum(1).max())
+        return keep.int().argsort(dim=1, descending=True, stable=True)[:, :N]
+
+    def context(self, hidden, columns, positions, valid, cache, attention_mask=None,
+                class_ids=None, seeds=None):
+        """The Context of queries whose hidden states are known. columns [B, N]: their places among
+        the cache's keys; positions [B, N]: their positions in the text, without padding."""
+        lm, layers, (B, N) = self.base.model, cache.layers, columns.shape
+        if seeds is None:
+            seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
+        cos, sin = lm.rotary_emb(hidden, positions)
+        return Context(
+            layers=lm.layers, norm=lm.norm, head=self.base.lm_head,
+            embedding=self.base.get_input_embeddings(), hidden=hidden, cos=cos[:, :, None],
+            sin=sin[:, :, None], keys=[layer.keys for layer in layers],
+            values=[layer.values for layer in layers],
+            masks=self.masks(columns, layers[0].keys.shape[2], attention_mask),
+            seeds=seeds.to(columns.device).long().expand(B)[:, None].expand(B, N),  # 64-bit hash
+            positions=positions,
+            class_ids=self.check_classes(class_ids, B, N, columns.device), valid=valid)
+
+    def masks(self, columns, length, attention_mask):
+        """For every block [B, 1, N·G, L], 0 or −inf: the query at a column sees the keys up to its
+        own, except padding and what lies outside a sliding window."""
+        config, query = self.base.config, columns[:, :, None]                           # [B, N, 1]
+        key = torch.arange(length, device=columns.device)                               # [L]
+        visible = key <= query
+        if attention_mask is not None:
+            padding = length - attention_mask.shape[1]
+            visible = visible & F.pad(attention_mask.bool(), (0, padding))[:, None]
+        visible = visible | (key == query)                  # else a query on padding would be NaN
+        window = getattr(config, "sliding_window", None)
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        G, masks = config.num_attention_heads // config.num_key_value_heads, {}
+        for kind in set(kinds):
+            shown = visible
+            if kind == "sliding_attention" and window:
+                shown = visible & (key > query - window)
+            mask = torch.zeros(shown.shape, dtype=self.base.dtype, device=columns.device)
+            mask = mask.masked_fill(~shown, -math.inf)
+            masks[kind] = mask.repeat_interleave(G, dim=1)[:, None]
+        return [masks[kind] for kind in kinds]
+
+    def check_classes(self, class_ids, B, N, device):
+        """Class numbers [B] as int64 [B, N]; None is the null class. ValueError: no such class."""
+        names = self.config.class_names
+        if class_ids is None and not names:
+            return None
+        null = len(names)
+        class_ids = torch.as_tensor(null if class_ids is None else class_ids, device=device)
+        if not names or class_ids.min() < 0 or class_ids.max() > null:
+            known = ", ".join(names) or "none: this model was trained without"
+            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{null} ({null} means "
+                             f"no class); the classes are {known}")
+        return class_ids.expand(B)[:, None].expand(B, N)
+
+    # A causal LM's forward
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
+                inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, steps=None,
+                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, return_dict=True,
+                cache_position=None, tokenizer=None, output_attentions=None,
+                output_hidden_states=None):
+        """With labels [B, S] (labels[:, k + 1] is the target at k, −100 for none): the loss, a mean
+        over targets, or a sum over num_items_in_batch. Without: next-token logits [B, N, V] after
+        `steps` evaluations, at all kept positions in parallel. input_ids int64 [B, S];
+        attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
+        all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B].
+        cache is the library's newer name for past_key_values. `generate` also passes arguments that
+        change nothing here: return_dict (the output is always an L2DOutput), cache_position (the
+        cache knows) and tokenizer. ValueError: bad values; TypeError: unknown arguments."""
         if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+            raise ValueError("cache and past_key_values are two names of one argument: give one")
         if output_attentions or output_hidden_states:
-            raise ValueError("output_attentions and output_hidden_states are not available: ask model.base, the main path, for its own")
-        past_key_values = past_key_values if cache is None else cache
-        tokens = input_ids if input_ids is not None else inputs_embeds
+            raise ValueError("output_attentions and output_hidden_states are not available here: "
+                             "ask model.base, the main path, for its own")
+        tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None or tokens.shape[1] == 0:
-            raise ValueError("the input is empty; give input_ids with at least one token in every row, the start of a text say")
-        cache = DynamicCache() if past_key_values is None else past_key_values
-        length = int(cache.get_seq_length()) + tokens.shape[1]
-        if attention_mask is not None and attention_mask.shape != (len(tokens), length):
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, {[*attention_mask.shape]}; it must be {[len(tokens), length]}")
-        if attention_mask is not None and type(logits_to_keep) is int and logits_to_keep and not attention_mask[:, -1].all():
-            raise ValueError("a row ends in padding, and its next token would follow that; pad on the left to generate")
-        if labels is not None and (input_ids is None or labels.shape != input_ids.shape or past_key_values is not None):
-            raise ValueError("labels need input_ids of the same shape and no past_key_values: the loss is that of whole sequences")
+            raise ValueError("the input is empty; give input_ids with at least one token in every "
+                             "row, such as the start of a text")
         if labels is not None:
-            losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids, class_ids, seeds)
-            return CausalLMOutputWithPast(loss=losses.sum() / (num_items_in_batch or len(losses)))
-        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            raise ValueError("past_key_values drops keys outside a sliding window, and the path needs them; pass DynamicCache()")
+            if past_key_values is not None or cache is not None:
+                raise ValueError("labels need no past_key_values: the loss is of whole sequences")
+            losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids,
+                                          class_ids, seeds)
+            return L2DOutput(loss=losses.sum() / (num_items_in_batch or len(losses)))
+        cache = past_key_values if cache is None else cache
+        cache = DynamicCache() if cache is None else cache
+        self.check_inputs(tokens, attention_mask, cache, logits_to_keep)
         keep = self.kept(tokens, logits_to_keep)
-        context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds, class_ids, seeds)
-        logits, self.evaluations = self.diffuse(context, steps)
-        if keep is not logits_to_keep:
-            logits = logits.view(len(tokens), -1, logits.shape[-1])
-        return CausalLMOutputWithPast(logits=logits, **{CACHE: cache if use_cache is not False else None})
+        context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
+                            class_ids, seeds)
+        logits, evaluations = diffuse(self.current_path(), context, steps)
+        self.check_finite(logits, context)
+        if keep is logits_to_keep:
+            logits, evaluations = logits[context.valid], evaluations[context.valid]
+        returned = cache if use_cache is not False else None
+        return L2DOutput(logits=logits, evaluations=evaluations, **{CACHE: returned})
+
+    def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None,
+                     class_ids=None, seeds=None):
+        """Losses [M] and times [M] of the labelled positions, row by row (`token_losses` above).
+        Other positions do not pass through the path. ValueError: no label, or of another shape."""
+        if torch.is_grad_enabled():
+            self.cache = None                       # an optimizer is about to change the weights
+        if input_ids is None or labels.shape != input_ids.shape:
+            raise ValueError("labels need input_ids of the same shape")
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        keep = targets != IGNORE
+        if not keep.any():
+            raise ValueError(f"every label after the first position is {IGNORE}: there is nothing "
+                             "to learn from this batch")
+        context = self.read(keep, input_ids, attention_mask, position_ids, class_ids=class_ids,
+                            seeds=seeds)
+        targets = targets.gather(1, self.kept_columns(keep)).long()
+        return token_losses(self.path, context, targets)
+
+    @staticmethod
+    def check_inputs(tokens, attention_mask, cache, logits_to_keep):
+        shape = [len(tokens), int(cache.get_seq_length()) + tokens.shape[1]]
+        if attention_mask is not None and list(attention_mask.shape) != shape:
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, "
+                             f"{list(attention_mask.shape)}; it must be {shape}")
+        last_only = type(logits_to_keep) is int and logits_to_keep > 0
+        if attention_mask is not None and last_only and not attention_mask[:, -1].all():
+            raise ValueError("a row ends in padding, and its next token would follow that; pad on "
+                             "the left to generate")
+        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            raise ValueError("past_key_values drops keys outside a sliding window, and the path "
+                             "needs them; pass DynamicCache()")
+
+    @staticmethod
+    def check_finite(logits, context):
+        """RuntimeError: an answer with NaN or inf; names its row and position."""
+        failed = ~logits.amax(-1).isfinite() & context.valid
+        if failed.any():
+            row, n = failed.nonzero()[0].tolist()
+            raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
+                               "look for such numbers in the weights of the base and of the path; "
+                               "float16 also overflows")
 
     @staticmethod
     def kept(tokens, logits_to_keep):
         """logits_to_keep as a bool mask [B, S]."""
-        if torch.is_tensor(logits_to_keep) and logits_to_keep.dtype == torch.bool and logits_to_keep.dim() == 2:
-            return logits_to_keep
+        if torch.is_tensor(logits_to_keep) and logits_to_keep.dtype == torch.bool:
+            if logits_to_keep.dim() == 2:
+                return logits_to_keep
         keep = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        keep[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep] = True
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = slice(-logits_to_keep, None)
+        keep[:, logits_to_keep] = True
         return keep
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
-        """`generate` would build 4D masks for a static cache here; the base builds its own from the plain one."""
+        """`generate` would build 4D masks for a static cache; the base builds its own from this."""
         return attention_mask
 
-    # -- saving and loading -----------------------------------------------------------------------------------------
+    # Thinking ahead
+
+    @torch.no_grad()
+    def generate_ahead(self, input_ids, max_new_tokens, ahead=8, temperature=1.0, eos_token_id=(),
+                       seeds=None, class_ids=None):
+        """Generate after input_ids [1, S], several tokens' diffusions at once. The LM drafts up to
+        ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the draft
+        is kept as far as L2D agrees. The tokens are those of ahead=1, one diffusion per token: a
+        kept position has seen the right tokens, and its noise depends on its address alone.
+        Yields, for every diffusion, the tokens that it gave and their evaluations: two lists. It
+        takes one row, because rows would advance at different speeds. ValueError: several rows."""
+        if len(input_ids) != 1 or ahead < 1:
+            raise ValueError(f"generate_ahead takes one row and ahead >= 1, not {len(input_ids)} "
+                             f"rows and ahead={ahead}")
+        if seeds is None:
+            seeds = torch.randint(2**62, (1,))
+        seeds, device = seeds.to(input_ids.device).long()[:, None], input_ids.device
+        cache, pending, reach, done = DynamicCache(), input_ids, min(2, ahead), 0
+        while done < max_new_tokens:
+            first, hidden, drafts = int(cache.get_seq_length()) + pending.shape[1] - 1, [], []
+            for n in range(min(reach, max_new_tokens - done)):
+                if n > 0:                                   # draft the token after the last one
+                    logits = self.base.lm_head(self.base.model.norm(hidden[-1]))
+                    place = seeds.new_tensor([[first + n - 1]])
+                    pending = choose(logits, temperature, seeds, place)
+                    if pending.item() in eos_token_id:
+                        break
+                    drafts.append(pending.item())
+                past = int(cache.get_seq_length())
+                places = past + torch.arange(pending.shape[1], device=device)[None]
+                hidden.append(self.run_base(pending, None, places, cache)[:, -1:])
+            columns = first + torch.arange(len(hidden), device=device)[None]
+            context = self.context(torch.cat(hidden, dim=1), columns, columns,
+                                   torch.ones_like(columns, dtype=torch.bool), cache,
+                                   class_ids=class_ids, seeds=seeds[:, 0])
+            logits, evaluations = diffuse(self.current_path(), context)
+            self.check_finite(logits, context)
+            tokens = choose(logits, temperature, seeds, columns)[0].tolist()
+            agreed = 0
+            while agreed < len(drafts) and drafts[agreed] == tokens[agreed]:
+                agreed += 1
+            tokens = tokens[:agreed + 1]                    # and L2D's own at the first difference
+            if len(drafts) > agreed:
+                cache.crop(agreed - len(drafts))            # a negative number: that many off
+            yield tokens, evaluations[0, :agreed + 1].tolist()
+            done += len(tokens)
+            if tokens[-1] in eos_token_id:
+                return
+            pending, reach = input_ids.new_tensor([tokens[-1:]]), min(ahead, 2 * len(tokens))
+
+    # Saving and loading
+
     def save_pretrained(self, save_directory, **kwargs):
-        """Write the path's parameters (safetensors) and the configuration that names the base; never the base itself.
-        The name of a base in a local folder is written relative to save_directory, so both can be moved together."""
+        """Write the path (safetensors) and a configuration that names the base; never the base.
+        A base in a local folder is named relative to save_directory: both can move together."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
-        base_model, drive = self.config.base_model, lambda path: os.path.splitdrive(os.path.abspath(path))[0].lower()
-        if os.path.isdir(base_model) and drive(base_model) == drive(save_directory):         # (Windows has several)
-            self.config.base_model = os.path.relpath(base_model, save_directory).replace(os.sep, "/")
+        base_model = self.config.base_model
+        if os.path.isdir(base_model) and drive(base_model) == drive(save_directory):
+            relative = os.path.relpath(base_model, save_directory)
+            self.config.base_model = relative.replace(os.sep, "/")
         try:
-            super().save_pretrained(save_directory, state_dict=self.path_parameters(), **kwargs)
+            super().save_pretrained(save_directory, state_dict=self.path.state_dict(), **kwargs)
         finally:
             self.config.base_model = base_model
 
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
-        """Load a trained path, and its base with it (unless given): a folder or a hub name -> L2D in evaluation mode.
-        Arguments that name settings change them (steps=127); the rest (dtype, device_map, attn_implementation, ...) goes
-        to the base. ValueError: a base of other sizes, or tensors that do not fit; OSError: nothing there."""
-        hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}           # of the path's repository alone
-        hub |= {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only") if k in kwargs}
+        """Load a trained path, and its base unless given: a folder or hub name -> L2D in evaluation
+        mode. Arguments that name settings change them (steps=127); the rest (dtype, device_map, ..)
+        goes to the base. ValueError: a base or tensors that do not fit; OSError: nothing there."""
+        hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
+        shared = ("token", "cache_dir", "local_files_only")
+        hub |= {key: kwargs[key] for key in shared if key in kwargs}
         config = config or L2DConfig.from_pretrained(name_or_path, **hub)
-        for key in [k for k in kwargs if k in config.to_dict() and k != "dtype"]:
-            setattr(config, key, kwargs.pop(key))
+        settings = [key for key in kwargs if key in config.to_dict() and key != "dtype"]
+        config.update({key: kwargs.pop(key) for key in settings})
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
-        config.base_model = moved if config.base_model and os.path.isdir(moved) else config.base_model
+        if config.base_model and os.path.isdir(moved):
+            config.base_model = moved
         if base is None and not config.base_model:
-            raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then load that yourself and pass it as base=")
-        model = cls(config, base or AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs))
-        model.load_path(load_file(cached_file(name_or_path, "model.safetensors", **hub)))    # a format that runs no code
+            raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then "
+                             "load that yourself and pass it as base=")
+        if base is None:
+            base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
+        model = cls(config, base)
+        file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)
+        model.load_path(load_file(file))            # safetensors: a format that runs no code
         return model.eval()
 
-    @torch.no_grad()
     def load_path(self, tensors):
-        """Copy tensors (name -> tensor) into the path. ValueError: names every tensor missing, unknown, misshapen or not finite."""
-        own = self.path_parameters()
-        wrong = [f"{name} is {'unknown' if name in tensors else 'missing'}" for name in sorted(own.keys() ^ tensors.keys())]
-        wrong += [f"{name} is {list(tensors[name].shape)}, not {list(p.shape)}" for name, p in own.items()
-                  if name in tensors and tensors[name].shape != p.shape]
-        wrong += [f"{name} holds NaN or inf" for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        """Copy tensors (name -> tensor) into the path. ValueError: names all that do not fit."""
+        own, wrong = self.path.state_dict(), []
+        for name in sorted(own.keys() | tensors.keys()):
+            if name not in own:
+                wrong.append(f"{name} is unknown")
+            elif name not in tensors:
+                wrong.append(f"{name} is missing")
+            elif tensors[name].shape != own[name].shape:
+                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
+            elif not tensors[name].isfinite().all():
+                wrong.append(f"{name} holds NaN or inf")
         if wrong:
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
-        for name, p in own.items():
-            p.copy_(tensors[name])
-        self.merge_lora(False)
+        self.path.load_state_dict(tensors)
+
+def drive(path):
+    """The drive letter of a path on Windows; there is no relative path between two drives."""
+    return os.path.splitdrive(os.path.abspath(path))[0].lower()
 
 AutoConfig.register("l2d", L2DConfig)
 AutoModelForCausalLM.register(L2DConfig, L2D)

@@ -1,9 +1,11 @@
-"""The baselines: ordinary finetuning of the base, by LoRA or in full, on the same examples as L2D (`train.py --method`).
+"""The baselines: ordinary finetuning of the base, with the options, data and loop of train.py.
 
-    python train.py --method lora          low-rank updates of all linear layers, merged into the weights at the end
-    python train.py --method full          every weight
+    python -m experiments.finetune --method lora     low-rank updates, merged at the end
+    python -m experiments.finetune --method full     every weight
+    python -m experiments.finetune --resume --out .. continue a run
 
-Either writes an ordinary checkpoint folder, so `python train.py --model THAT_FOLDER` then trains L2D on top of it."""
+Either writes an ordinary checkpoint folder, so `python train.py --model THAT_FOLDER` then trains
+L2D on top of it."""
 
 from types import SimpleNamespace
 
@@ -13,11 +15,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from l2d import IGNORE, L2D, LoRALinear
-
+from l2d import IGNORE, LoRALinear
+from support.console import console
+from support.processes import processes
+from train import make_parser, parse_args, train
 
 class Adapted(nn.Module):
-    """One linear layer of the LM with its update, in the layer's place."""
+    """A linear layer of the LM with its low-rank update, in the layer's place."""
 
     def __init__(self, layer, rank, alpha):
         super().__init__()
@@ -28,74 +32,108 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The plain layer that computes the same: W + (alpha / rank)·B A, rounded once to its dtype."""
+        """The plain layer that computes the same: W + (alpha / rank)·B A, rounded once."""
         update = self.update.scaling * self.update.lora_B @ self.update.lora_A
         self.layer.weight.copy_(self.layer.weight.float() + update)
         return self.layer
 
-
 def replace_modules(model, kind, make):
-    """Put make(m) in the place of every module m of a kind below `model`."""
-    for parent in [m for m in model.modules() if not isinstance(m, kind)]:
+    """Put make(module) in the place of every module of a kind below `model`."""
+    for parent in [module for module in model.modules() if not isinstance(module, kind)]:
         for name, child in list(parent.named_children()):
             if isinstance(child, kind):
                 setattr(parent, name, make(child))
 
-
 class Finetuned(nn.Module):
-    """A causal LM with trained weights of its own. It has what train.py needs of an L2D, under the same names. ValueError: a
-    quantised base.
-
-    The loss is the cross entropy of the labelled tokens, as L2D's. Trained parameters are float32 ("full" trains the
-    weights themselves in float32, and computes in bfloat16 on CUDA)."""
-
-    load_path, merge_lora = L2D.load_path, lambda self, merging: None        # there are no copies to drop
+    """A causal LM that trains weights of its own, with what train.py needs of an L2D: `path` holds
+    the trained parameters, float32 ("full" computes with them in bfloat16 on CUDA). The loss is the
+    cross-entropy of the labelled tokens. ValueError: a quantised base."""
 
     def __init__(self, base, method, rank, alpha, gradient_checkpointing=False):
         super().__init__()
         if getattr(base, "is_quantized", False):
-            raise ValueError("the base is quantised, and such weights take no updates: use --method l2d, or a base that is not")
+            raise ValueError("the base is quantised, and such weights take no updates: train a "
+                             "path with train.py, or take another base")
         self.base, self.full = base.requires_grad_(method == "full"), method == "full"
-        self.config = SimpleNamespace(class_names=[])    # labels are ignored
+        self.config = SimpleNamespace(class_names=[])        # labels are ignored
         if self.full:
-            base.float()
+            self.path = base.float()
         else:
-            replace_modules(base.model.layers, nn.Linear, lambda layer: Adapted(layer, rank, alpha))
-        if gradient_checkpointing:
-            base.train()                                 # else the layers would not; the newer name first
-            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            self.path = nn.ModuleList()
+
+            def adapt(layer):
+                adapted = Adapted(layer, rank, alpha)
+                self.path.append(adapted.update)
+                return adapted
+            replace_modules(base.model.layers, nn.Linear, adapt)
+        if gradient_checkpointing:                           # the newer name first
+            enable = getattr(base, "activation_checkpointing_enable", None)
+            enable = enable or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        self.train()
 
     @property
     def device(self):
         return self.base.device
 
-    def path_parameters(self):
-        """The trained parameters by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
-
     def hidden(self, keep, input_ids, attention_mask):
         """Hidden states [M, D] at the positions `keep` [B, S]."""
         half = self.full and self.device.type == "cuda"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return self.base.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state[keep]
+            output = self.base.model(input_ids=input_ids, attention_mask=attention_mask,
+                                     use_cache=False)
+        return output.last_hidden_state[keep].to(self.base.lm_head.weight.dtype)
 
-    def token_losses(self, input_ids, labels, attention_mask=None, **passed_along):
-        """The cross entropy of every labelled token: losses [M], and zeros [M] in the place of L2D's times."""
-        keep = F.pad(labels[:, 1:] != IGNORE, (0, 1))
-        hidden, targets = self.hidden(keep, input_ids, attention_mask).to(self.base.lm_head.weight.dtype), labels[:, 1:][keep[:, :-1]]
-        cross_entropy = lambda h, y: F.cross_entropy(self.base.lm_head(h).float(), y, reduction="none")
-        losses = torch.cat([checkpoint(cross_entropy, h, y, use_reentrant=False)                  # in chunks, as in L2D.cross_entropy
-                            for h, y in zip(hidden.split(1024), targets.split(1024))])
-        return losses, torch.zeros_like(losses)
+    def cross_entropy(self, hidden, targets):
+        logits = self.base.lm_head(hidden).float()
+        return F.cross_entropy(logits, targets, reduction="none")
 
-    def forward(self, input_ids, labels=None, attention_mask=None, logits_to_keep=None, num_items_in_batch=None, **passed_along):
+    def token_losses(self, input_ids, labels, attention_mask=None, **unused):
+        """The losses [M] of labelled tokens, and −1 [M] for L2D's times: no band of t has them."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        keep = targets != IGNORE
+        hidden, targets = self.hidden(keep, input_ids, attention_mask), targets[keep]
+        losses = [checkpoint(self.cross_entropy, h, y, use_reentrant=False)     # as in l2d.py
+                  for h, y in zip(hidden.split(1024), targets.split(1024))]
+        return torch.cat(losses), torch.full((len(targets),), -1.0, device=targets.device)
+
+    def forward(self, input_ids, labels=None, attention_mask=None, logits_to_keep=None,
+                num_items_in_batch=None, **unused):
+        """The loss; or without labels the logits [M, V] at logits_to_keep [B, S]."""
         if labels is not None:
             losses, _ = self.token_losses(input_ids, labels, attention_mask)
             return CausalLMOutputWithPast(loss=losses.sum() / num_items_in_batch)
-        return CausalLMOutputWithPast(logits=self.base.lm_head(self.hidden(logits_to_keep, input_ids, attention_mask)))
+        hidden = self.hidden(logits_to_keep, input_ids, attention_mask)
+        return CausalLMOutputWithPast(logits=self.base.lm_head(hidden))
+
+    @torch.no_grad()
+    def load_path(self, tensors):
+        """Copy tensors (name -> tensor) into the trained parameters. ValueError: they differ."""
+        own = dict(self.path.named_parameters())
+        if own.keys() != tensors.keys():
+            raise ValueError("the checkpoint is of another base or method: start anew with --out")
+        for name, p in own.items():
+            p.copy_(tensors[name])
 
     def save_pretrained(self, folder):
         """Merge the updates into the weights and write an ordinary checkpoint."""
         replace_modules(self.base.model.layers, Adapted, Adapted.merged)
         self.base.save_pretrained(folder)
+
+def make_baseline(args, base, class_names):
+    return Finetuned(base, args.method, args.lora_rank, args.lora_alpha,
+                     args.gradient_checkpointing)
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--method", choices=("lora", "full"), default="lora",
+                        help="train low-rank updates, or every weight")
+    args = parse_args(parser)
+    if args.shard:
+        raise ValueError("--shard is for a base that stays as it is, and finetuning changes it")
+    args = train(args, make_baseline, kind=args.method, accuracies=(1,))
+    print(f"saved in {args.out}/; now: python train.py --model {args.out}")
+
+if __name__ == "__main__":
+    with console("finetune.py"), processes():
+        main()

@@ -1,4 +1,4 @@
-"""Tests of convert.py: pytest experiments/test_convert.py (a few seconds on a CPU, no network).
+"""Tests of convert.py: python -m pytest tests/test_convert.py (seconds on a CPU, no network).
 
 A checkpoint of the release is made from an L2D with random parameters, by a mapping that is written out here by hand.
 """
@@ -15,11 +15,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-
-from convert import convert, main
+from experiments.convert import convert, main
 from l2d import L2D, L2DConfig
+
+ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)                                 # for models this small, threads only wait for each other
 
@@ -41,7 +40,7 @@ def make(folder, kind="llama", path="lora", class_names=()):
     config = L2DConfig(str(folder / "base"), dim=12, cond_dim=16, sigma=4.0, path=path, lora_rank=6, lora_alpha=9.0,
                        class_names=class_names)
     model = L2D(config, base).eval()
-    for p in model.path_parameters().values():
+    for p in model.path.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
     return model
 
@@ -63,14 +62,14 @@ def projection(prefix, layer, ours):
 def release_state_dict(model):
     """What the release would have saved: the path under its names and layouts, and the whole base."""
     state = dict(model.base.state_dict())
-    state["model.flow_token_embedder.embedder.layers_module.0.weight"] = model.vocabulary.proj.weight
-    state["model.flow_token_embedder.embedder.layers_module.0.bias"] = model.vocabulary.proj.bias
-    state |= mlp("model.flow_to_lm_encoder.embedder.layers_module", model.x_embedder)
-    state |= mlp("model.timestep_embedder.mlp", model.t_embedder)
-    state |= mlp("model.modulation_head.mlp", model.output_weight)
+    state["model.flow_token_embedder.embedder.layers_module.0.weight"] = model.path.vocabulary.proj.weight
+    state["model.flow_token_embedder.embedder.layers_module.0.bias"] = model.path.vocabulary.proj.bias
+    state |= mlp("model.flow_to_lm_encoder.embedder.layers_module", model.path.x_embedder)
+    state |= mlp("model.timestep_embedder.mlp", model.path.t_embedder)
+    state |= mlp("model.modulation_head.mlp", model.path.output_weight)
     if model.config.class_names:
-        state["model.data_label_embedder.weight"] = model.class_embedder.weight
-    for i, (block, layer) in enumerate(zip(model.blocks, model.base.model.layers)):
+        state["model.data_label_embedder.weight"] = model.path.class_embedder.weight
+    for i, (block, layer) in enumerate(zip(model.path.blocks, model.base.model.layers)):
         state |= mlp(f"model.layers.{i}.modulation_head.mlp", block.adaLN_modulation)
         state |= projection(f"model.layers.{i}.self_attn.flow_q_proj", layer.self_attn.q_proj, block.q_proj)
         state |= projection(f"model.layers.{i}.self_attn.flow_o_proj", layer.self_attn.o_proj, block.o_proj)
@@ -82,7 +81,7 @@ def release_state_dict(model):
 
 def run(*args):
     """The command line, as people call it: in a process of its own, which takes seconds to start."""
-    return subprocess.run([sys.executable, "experiments/convert.py", *map(str, args)], cwd=ROOT, text=True,
+    return subprocess.run([sys.executable, "-m", "experiments.convert", *map(str, args)], cwd=ROOT, text=True,
                           capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"})
 
 
@@ -97,8 +96,10 @@ def run_here(monkeypatch, *args):
 def assert_same(model, out, **changes):
     """The folder `out` loads, with every parameter and the logits of `model`, to the last bit."""
     loaded = L2D.from_pretrained(out, **changes)
-    for name, p in model.path_parameters().items():
-        assert torch.equal(loaded.path_parameters()[name], p), name
+    own, theirs = (dict(m.path.named_parameters()) for m in (model, loaded))
+    assert own.keys() == theirs.keys()
+    for name, p in own.items():
+        assert torch.equal(theirs[name], p), name
     classes = [None] + list(range(len(model.config.class_names) + 1))
     for class_ids in classes if model.config.class_names else [None]:
         logits = [m(IDS, steps=7, seeds=SEEDS, class_ids=class_ids).logits for m in (model, loaded)]
@@ -147,10 +148,10 @@ def test_base_tensors_may_be_absent_and_low_precision_is_widened(tmp_path):
     base, state = model.base.state_dict(), release_state_dict(model)
     state = {k: v.bfloat16() for k, v in state.items() if k not in base and "wrapped" not in k}
     convert(save(state, "named.pt", tmp_path), str(tmp_path / "base"), tmp_path / "out", sigma=4.0, lora_alpha=9.0)
-    for p in model.path_parameters().values():
+    for p in model.path.parameters():
         p.data.copy_(p.bfloat16())
     loaded = assert_same(model, tmp_path / "out")
-    assert {p.dtype for p in loaded.path_parameters().values()} == {torch.float32}
+    assert {p.dtype for p in loaded.path.parameters()} == {torch.float32}
 
 
 def test_command_line(tmp_path):
@@ -161,7 +162,7 @@ def test_command_line(tmp_path):
     done = run(checkpoint, "--base", tmp_path / "base", "--out", out, "--sigma", 4, "--lora-alpha", 9,
                "--class-names", "math", "code")
     assert done.returncode == 0, done.stderr
-    count = sum(p.numel() for p in model.path_parameters().values())
+    count = sum(p.numel() for p in model.path.parameters())
     for text in ("rank 6", "dim 12", "cond_dim 16", "math, code", f"{count:,}", f"python sample.py --out {out}"):
         assert text in done.stdout
     assert "note" not in done.stdout
@@ -276,4 +277,4 @@ def test_usage_errors(tmp_path, monkeypatch, capsys):
     absent = tmp_path / "no-such-base"
     assert "no-such-base" in run_here(monkeypatch, checkpoint, "--base", absent, "--out", tmp_path / "out")
     assert run_here(monkeypatch, "--help") == 0
-    assert "\n    python experiments/convert.py CHECKPOINT --base" in capsys.readouterr().out
+    assert "\n    python -m experiments.convert CHECKPOINT --base" in capsys.readouterr().out

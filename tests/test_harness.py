@@ -1,24 +1,21 @@
-"""Tests of harness.py: pytest experiments/test_harness.py (seconds on a CPU, no network).
+"""Tests of harness.py: python -m pytest tests/test_harness.py (seconds on a CPU, no network).
 
 A random base with a byte-level tokenizer, a path on it, and a handful of questions in files made here.
 """
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from experiments import evaluate, harness
-from experiments.console import console
-from experiments.tiny import TEMPLATE
+from experiments.results import interval
 from l2d import L2D, L2DConfig
+from support.console import console
+from support.tiny import TEMPLATE
 
 torch.set_num_threads(1)                                 # for models this small, threads only wait for each other
 
@@ -49,7 +46,7 @@ def folder(tmp_path_factory):
     base.generation_config.do_sample, base.generation_config.temperature, base.generation_config.top_p = True, 0.6, 0.9
     base.save_pretrained(folder / "base")
     model = L2D(L2DConfig(str(folder / "base"), dim=16, cond_dim=16, sigma=4.0, lora_rank=4, lora_alpha=4.0), base)
-    for p in model.path_parameters().values():
+    for p in model.path.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -91,7 +88,7 @@ def test_at_T1_the_harness_sees_the_base(folder, spy, monkeypatch):
     ours = list(spy)
     spy.clear()
     base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    monkeypatch.setattr(harness, "load_model", lambda folder, solver: base)
+    monkeypatch.setattr(harness, "load_model", lambda folder, **settings: base)
     run(folder, steps=[1])
     run(folder, "letters.yaml", steps=[1])
     texts, likelihoods = answers(spy, 1, greedy=True), answers(spy, 1, greedy=False)
@@ -144,13 +141,13 @@ def test_results(folder, lm_eval, monkeypatch, capsys):
     lines = [json.loads(line) for line in (folder / "model" / "benchmarks.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(line["steps"], line["decoding"]) for line in lines] == [(T, how) for T in (1, 3) for how in ("sampled", "greedy")]
     for line in lines:
-        assert line["metrics"]["exact_match,strict-match"] == {"value": 0.5, "interval": list(evaluate.interval(3, 6))}
+        assert line["metrics"]["exact_match,strict-match"] == {"value": 0.5, "interval": list(interval(3, 6))}
         assert (line["n"], line["shots"], line["seed"], line["cut_prompts"]) == (6, 2, 5, 0)
-        assert line["command"] == "python " + command and line["generation"]["max_gen_toks"] == 9
+        assert line["command"] == "python -m experiments." + command.replace("evaluate.py", "evaluate") and line["generation"]["max_gen_toks"] == 9
         assert line["versions"]["lm_eval"] == lm_eval.__version__ and line["versions"]["torch"] == torch.__version__
         assert line["chat_template"]["first_line"] == TEMPLATE[:80]
     printed = capsys.readouterr().out
-    assert printed.count("python " + command) == 4 and "T = 3, greedy: exact_match,strict-match 50.0% (18.8%, 81.2%)" in printed
+    assert printed.count(lines[0]["command"]) == 4 and "T = 3, greedy: exact_match,strict-match 50.0% (18.8%, 81.2%)" in printed
 
 
 @pytest.mark.parametrize("task, options, message", [
@@ -173,11 +170,7 @@ def test_missing_package_is_one_line(monkeypatch):
                                "pip install -r experiments/requirements.txt")
 
 
-def test_evaluate_is_the_package(lm_eval, monkeypatch):
-    """`import evaluate` in a task of the harness is the package, though a script of that name lies beside harness.py."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    import evaluate as script
-    assert Path(script.__file__).parent == ROOT / "experiments"
+def test_evaluate_is_the_package(lm_eval):
+    """`import evaluate` in a task of the harness is the package, not experiments/evaluate.py."""
     harness.import_harness()
-    assert hasattr(sys.modules["evaluate"], "load") and str(ROOT / "experiments") in sys.path
+    assert hasattr(sys.modules["evaluate"], "load") and sys.modules["evaluate"] is not evaluate

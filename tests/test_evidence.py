@@ -1,6 +1,8 @@
-"""Tests of the experiments: python -m pytest -q experiments/test_evidence.py"""
+"""Tests of the experiments: python -m pytest tests/test_evidence.py"""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,16 +11,33 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from experiments import hops, process, reproduce, tiny
-from experiments.evaluate import Bench, interval, lines_of, student
+from experiments import hops, process, reproduce
+from experiments.evaluate import Bench, ask, lines_of
 from experiments.finetune import Adapted, Finetuned
+from experiments.results import interval, student
 from l2d import L2D, L2DConfig
-from test_l2d import run
+from support import tiny
 
-SHORT = ["--max-steps", "4", "--batch-size", "8", "--warmup-steps", "1", "--lr", "1e-2", "--save-every", "2", "--eval-every", "2",
-         "--device", "cpu"]
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--max-steps", "4", "--batch-size", "8", "--warmup-steps", "1", "--lr", "1e-2",
+         "--save-every", "2", "--eval-every", "2", "--device", "cpu"]
+
+
+def run(*words, cwd):
+    """What `python WORDS` prints, in another folder: train.py, or -m and a module."""
+    script = [ROOT / words[0]] if words[0] != "-m" else ["-m", words[1]]
+    command = [sys.executable, *script, *words[len(script):]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def base_model():
+    return tiny.make_model(tiny.make_tokenizer(), hidden=32, layers=2, ffn=48)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +48,10 @@ def folder(tmp_path_factory):
     base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
     base.save_pretrained(folder / "base")
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, tiny.questions(60, seed=0))))
-    model = L2D(L2DConfig(base_model=str(folder / "base"), dim=16, cond_dim=16, sigma=3.0, class_names=["fact", "math", "string"]), base)
-    for p in model.path_parameters().values():
+    config = L2DConfig(base_model=str(folder / "base"), dim=16, cond_dim=16, sigma=3.0,
+                       class_names=["fact", "math", "string"])
+    model = L2D(config, base)
+    for p in model.path.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(folder / "l2d")
     for name in ("base", "l2d"):
@@ -40,17 +61,21 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_finetuning_the_base_writes_an_ordinary_checkpoint(folder, method):
-    """Trained in one go or stopped and resumed, it is the same; and L2D can be trained on top of it."""
-    train = lambda out, *more: run("train.py", "--model", "base", "--data", "chats.jsonl", "--method", method, "--out", out, *more, cwd=folder)
-    output = train(method, *SHORT)
+    """Its loss falls, and it has no bands of t; L2D can be trained on top of it."""
+    data = ["--model", "base", "--data", "chats.jsonl"]
+    output = run("-m", "experiments.finetune", *data, "--method", method, "--out", method, *SHORT,
+                 cwd=folder)
     assert "accuracy_T1" in output and "t<0.2" not in output
-    lines = [json.loads(line) for line in (folder / method / "log.jsonl").read_text().splitlines()]
+    log = (folder / method / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in log.splitlines()]
     assert lines[-1]["val_loss"] < lines[2]["val_loss"]
     model, base = (AutoModelForCausalLM.from_pretrained(folder / name) for name in (method, "base"))
-    changed = {name for (name, p), q in zip(model.named_parameters(), base.parameters()) if (p != q).any()}
-    layers = {name for name, p in base.named_parameters() if name.startswith("model.layers") and p.dim() == 2}
-    assert changed == (layers if method == "lora" else {name for name, _ in base.named_parameters()})
-    run("train.py", "--model", method, "--data", "chats.jsonl", *SHORT[:4], "--dim", 16, "--cond-dim", 16, "--out", f"on-{method}", cwd=folder)
+    old, new = dict(base.named_parameters()), dict(model.named_parameters())
+    changed = {name for name, p in new.items() if (p != old[name]).any()}
+    layers = {name for name, p in old.items() if name.startswith("model.layers") and p.dim() == 2}
+    assert changed == (layers if method == "lora" else old.keys())
+    run("train.py", "--model", method, *data[2:], *SHORT[:4], "--dim", 16, "--cond-dim", 16,
+        "--out", f"on-{method}", cwd=folder)
     assert L2D.from_pretrained(folder / f"on-{method}").config.base_model.endswith(method)
 
 
@@ -64,20 +89,22 @@ def test_a_merged_update_computes_the_same():
 
 
 def test_the_loss_of_the_baseline_is_that_of_the_library():
-    """Summed over answer tokens and divided by their number, as `transformers` does from -100 labels."""
-    base = tiny.make_model(tiny.make_tokenizer(), hidden=32, layers=2, ffn=48)
+    """Summed over answer tokens and divided by their number, as `transformers` does from labels."""
+    base = base_model()
     ids = torch.randint(4, 40, (3, 9))
     labels = ids.clone()
     labels[:, :5], labels[2, 7:] = -100, -100
     expected = base(ids, labels=labels).loss
-    found = Finetuned(base, "lora", rank=2, alpha=2.0)(ids, labels=labels, num_items_in_batch=int((labels[:, 1:] != -100).sum())).loss
+    tokens = int((labels[:, 1:] != -100).sum())
+    model = Finetuned(base, "lora", rank=2, alpha=2.0)
+    found = model(ids, labels=labels, num_items_in_batch=tokens).loss
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_quantised_base_is_refused(method):
     """At once: the updates could not be merged at the end."""
-    base = tiny.make_model(tiny.make_tokenizer(), hidden=32, layers=2, ffn=48)
+    base = base_model()
     base.is_quantized = True                             # what the library says of such a base
     with pytest.raises(ValueError, match="the base is quantised"):
         Finetuned(base, method, rank=2, alpha=2.0)
@@ -88,7 +115,7 @@ def test_results_are_kept_and_read_again(folder):
     first = bench.measure("base", n=30, steps=1, temperature=0.0)
     assert first["evaluations"] == 1 and set(first["by_kind"]) == {"fact", "math", "string"}
     again = Bench(folder / "l2d")
-    again.loaded = None                                  # nothing to measure with: the line must come from the file
+    again.loaded = None                                  # the line must come from the file
     assert again.measure("base", n=30, steps=1, temperature=0.0) == first
     with pytest.raises(TypeError):
         again.measure("base", n=30, steps=3, temperature=0.0)
@@ -99,11 +126,13 @@ def test_half_a_line_that_a_kill_leaves_of_the_results_is_cut_off(folder, tmp_pa
     line = {"name": "one", "n": 3, "seed": 0, "kinds": [], "settings": {}}
     file.write_text(json.dumps(line) + '\n{"name": "tw')
     Bench(tmp_path).record(line | {"name": "three"})
-    assert [found["name"] for found in map(json.loads, file.read_text().splitlines())] == ["one", "three"]
+    names = [json.loads(line)["name"] for line in file.read_text().splitlines()]
+    assert names == ["one", "three"]
     assert len(Bench(tmp_path).known) == 2 and len(Bench(tmp_path, again=True).known) == 0
 
 
-@pytest.mark.parametrize("what", [{"guidance": [2.0], "beams": None}, {"guidance": None, "beams": [2]}])
+@pytest.mark.parametrize("what", [{"guidance": [2.0], "beams": None},
+                                  {"guidance": None, "beams": [2]}])
 def test_guidance_and_beams_are_measured_with_the_solver_that_was_asked_for(folder, what):
     asked = {"velocity": "sample", "t_end": 0.9, "solver": "euler"}
     (name, settings), = lines_of(Bench(folder / "l2d"), SimpleNamespace(steps=[3], **asked, **what))
@@ -112,21 +141,24 @@ def test_guidance_and_beams_are_measured_with_the_solver_that_was_asked_for(fold
 
 def test_settings_of_one_line_do_not_reach_the_next(folder):
     model, tokenizer = Bench(folder / "l2d").loaded
-    from experiments.evaluate import ask
     rows = tiny.questions(12, seed=5, kinds=("math",), shares=None)
-    evaluations = [ask(model, tokenizer, rows, 0, **settings)[1] for settings in
-                   ({"steps": 7}, {"single": 0.2}, {"steps": 3, "solver": "euler", "guidance": 2.0, "labels": True}, {"steps": 7})]
-    assert evaluations == [7, 1, 3, 7] and model.config.guidance == 1.0 and model.config.solver == "midpoint"
+    changed = {"steps": 3, "solver": "euler", "guidance": 2.0, "labels": True}
+    evaluations = [ask(model, tokenizer, rows, 0, **settings)[1]
+                   for settings in ({"steps": 7}, {"single": 0.2}, changed, {"steps": 7})]
+    assert evaluations == [7, 1, 3, 7]
+    assert model.config.guidance == 1.0 and model.config.solver == "midpoint"
 
 
 def test_an_ordinary_checkpoint_is_measured_as_the_base_that_it_is(folder):
-    lines = [Bench(folder / name).measure("base", n=30, steps=1, temperature=tau) for tau in (0.0, 1.0) for name in ("base", "l2d")]
+    lines = [Bench(folder / name).measure("base", n=30, steps=1, temperature=tau)
+             for tau in (0.0, 1.0) for name in ("base", "l2d")]
     assert lines[0]["by_kind"] == lines[1]["by_kind"] and lines[2]["by_kind"] == lines[3]["by_kind"]
     assert all(line["evaluations"] == 1 for line in lines)
 
 
 def test_beams_cost_evaluations(folder):
-    line = Bench(folder / "l2d").measure("beams", n=6, kinds=("math",), steps=3, beams=2, temperature=0.0)
+    line = Bench(folder / "l2d").measure(
+        "beams", n=6, kinds=("math",), steps=3, beams=2, temperature=0.0)
     assert line["evaluations"] == 6
 
 
@@ -134,10 +166,12 @@ def test_inside_the_process(folder):
     bench = Bench(folder / "l2d")
     tokens = process.Tokens(bench, 30, 0)
     with torch.no_grad():
-        base = tokens.score(bench.loaded[0].base.lm_head(tokens.context.normed))
+        base = tokens.score(tokens.context.logits(tokens.context.hidden))
         shown, along = process.shown(tokens), process.along(tokens, 7)
-        fixed, adaptive = process.spent(tokens, steps=7), process.spent(tokens, steps=2, solver="bosh3")
-    assert shown[0]["true"] == shown[0]["noise"] == base == {k: v for k, v in along[0].items() if k != "t"}
+        fixed = process.spent(tokens, steps=7)
+        adaptive = process.spent(tokens, steps=2, solver="bosh3")
+    start = {name: value for name, value in along[0].items() if name != "t"}
+    assert shown[0]["true"] == shown[0]["noise"] == base == start
     assert shown[-1]["true"]["probability"] != shown[-1]["noise"]["probability"]
     assert [row["t"] for row in along] == pytest.approx([i / 6 for i in range(7)])
     assert along[-1]["accuracy"] == fixed["accuracy"] and fixed["evaluations"] == 7
@@ -146,7 +180,8 @@ def test_inside_the_process(folder):
 
 
 def test_hops_are_what_the_links_say():
-    silent, aloud = (hops.questions(40, "a seed", (1, 2, 3), aloud=told) for told in (False, True))
+    silent, aloud = (hops.questions(40, "a seed", (1, 2, 3), aloud=told)
+                     for told in (False, True))
     for row, told in zip(silent, aloud):
         prompt, end = (m["content"] for m in row["messages"])
         links, (count, place) = dict(zip(prompt[:-3:2], prompt[1:-3:2])), prompt[-2:]
@@ -154,28 +189,35 @@ def test_hops_are_what_the_links_say():
         for _ in range(int(count)):
             place = links[place]
             way.append(place)
-        assert end == way[-1] and told["messages"][1]["content"] == "".join(way) and row["kind"].startswith(count)
+        assert end == way[-1] and told["messages"][1]["content"] == "".join(way)
+        assert row["kind"].startswith(count)
         assert sorted(links) == sorted(links.values()) and len(links) == hops.LINKS
 
 
 def test_intervals():
-    low, high = interval(8, 10)                          # Wilson's, from the textbook
-    assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
+    wilson = (0.4902, 0.9433)                            # from the textbook
+    assert interval(8, 10) == pytest.approx(wilson, abs=1e-3)
     mean, half = student([1.0, 2.0, 3.0])
     assert mean == 2.0 and half == pytest.approx(4.30 / 3**0.5)
 
 
-def test_every_command_of_the_experiments_is_understood(capsys, monkeypatch, tmp_path):
-    """Its options exist; each training run has a folder of its own; all measured models are trained."""
+def test_every_command_of_the_experiments_is_understood(tmp_path):
+    """Its options exist; each training run has a folder of its own; all measured models are
+    trained."""
     commands = [command.split() for chain in reproduce.chains() for command in chain]
-    outs = [words[words.index("--out") + 1] for words in commands if words[0] == "train.py"]
-    assert len(outs) == len(set(outs))
+    trains = lambda words: words[:2] == ["-m", "experiments.finetune"] or words[0] == "train.py"
+    outs = [words[words.index("--out") + 1] for words in commands if trains(words)]
+    assert len(outs) == len(set(outs)) > 10
     for words in commands:
-        if words[0] != "train.py":
+        if not trains(words):
             folders = words[words.index("--out") + 1:]
-            assert set(folders[:next((i for i, w in enumerate(folders) if w.startswith("--")), None)]) <= set(outs)
-    helps = {script: run(script, "--help", cwd=tmp_path) for script in {words[0] for words in commands}}
-    assert all(word in helps[words[0]] for words in commands for word in words if word.startswith("--"))
+            end = next((i for i, word in enumerate(folders) if word.startswith("--")), None)
+            assert set(folders[:end]) <= set(outs)
+    script = lambda words: tuple(words[:2] if words[0] == "-m" else words[:1])
+    helps = {name: run(*name, "--help", cwd=tmp_path) for name in {script(w) for w in commands}}
+    assert len(helps) == 4
+    for words in commands:
+        assert all(word in helps[script(words)] for word in words if word.startswith("--"))
 
 
 def test_tables_are_those_of_the_results(tmp_path):

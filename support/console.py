@@ -1,0 +1,191 @@
+"""What the scripts share: errors in one line, loading with clear errors, files that are whole."""
+
+import argparse
+import errno
+import json
+import math
+import os
+import sys
+import textwrap
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import safetensors.torch
+import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+from l2d import L2D
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The default after each option, and the lines of the description as they are."""
+
+@contextmanager
+def console(script):
+    """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
+    sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
+    logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()                       # of loading, but also of downloads:
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("stopped")
+        sys.exit(130)
+    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"{script}: error: {one_line(error)}{remedy(error)}")
+
+def one_line(error, most=1000):
+    """An error's text without line breaks, cut at `most` characters."""
+    return textwrap.shorten(str(error), most, placeholder=" ..") or type(error).__name__
+
+def remedy(error):
+    """What to do about an error whose own text does not say it."""
+    if isinstance(error, ImportError) and "pip install" not in str(error):
+        return ": pip install -r requirements.txt -r experiments/requirements.txt"
+    if isinstance(error, torch.OutOfMemoryError):
+        return ": use a smaller --micro-batch-size, or --gradient-checkpointing"
+    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        return ": another process of this run has ended. Continue with --resume, on any number"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return ": make room, then start again (train.py: with --resume)"
+    return ""
+
+@contextmanager
+def loading(what, name):
+    """Around whatever loads something: any of its errors becomes an OSError that names it."""
+    try:
+        yield
+    except Exception as error:                           # no network, a gated model, half a file
+        text = one_line(error, 600)
+        if not isinstance(error, (OSError, ValueError)):
+            text += "; it may be damaged: save or fetch it again"
+        elif isinstance(error, OSError) and huggingface_hub.constants.HF_HUB_OFFLINE:
+            text += "; HF_HUB_OFFLINE is set: unset it, or give a local copy"
+        raise OSError(f"no {what} can be loaded from {name}: {text}") from None
+
+def load(kind, name, **kwargs):
+    """kind.from_pretrained(name), without running any code that comes with it."""
+    with loading(kind.__name__, name):
+        return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
+
+def load_base(name, **kwargs):
+    """The frozen LM. ValueError: a tensor is missing (the library makes it up) or not finite."""
+    base, found = load(AutoModelForCausalLM, name, output_loading_info=True, **kwargs)
+    missing = sorted(found["missing_keys"])
+    wrong = [key for key, p in base.named_parameters() if not p.isfinite().all()]
+    if missing or wrong:
+        raise ValueError(f"fetch the model {name} again: missing {missing}, NaN or inf in {wrong}")
+    return base
+
+def load_model(folder, **settings):
+    """A trained path with its base. OSError: no such path, or it does not take these settings."""
+    with loading("trained path", folder):
+        return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
+
+def load_tokenizer(name, vocab_size=math.inf):
+    """A tokenizer for chats. ValueError: no template, no eos, or more tokens than the model has."""
+    tokenizer = load(AutoTokenizer, name)
+    for what in ("chat_template", "eos_token"):
+        if getattr(tokenizer, what) is None:
+            raise ValueError(f"the tokenizer of {name} has no {what}: take an instruction-tuned LM")
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model only "
+                         f"{vocab_size}; take the tokens off, or resize the model's embeddings")
+    return tokenizer
+
+def pick_device(wanted=None):
+    """The device `wanted`, or cuda, mps or cpu, the first there is. ValueError: it is not there."""
+    there = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = wanted or there
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError):               # torch asserts that it was built with CUDA
+        raise ValueError(f"there is no device {device} here: use {there}") from None
+    return device
+
+def check_numbers(parser, args, above_0=(), from_0=()):
+    """parser.error about the first number, or number of a list, out of its range. None is fine."""
+    def check(names, rule, good):
+        for name in names:
+            values = args[name] if isinstance(args[name], list) else [args[name]]
+            for value in values:
+                if value is not None and not (isinstance(value, (int, float)) and good(value)):
+                    parser.error(f"--{name.replace('_', '-')} {value!r} must be {rule}")
+    check(above_0, "above 0", lambda value: 0 < value < math.inf)
+    check(from_0, "0 or more", lambda value: 0 <= value < math.inf)
+    seeds = [name for name in ("seed", "seeds") if name in args]
+    check(seeds, f"in 0..{2**22 - 1}", lambda value: 0 <= value < 2**22)
+
+def write_whole(file, data):
+    """Write bytes beside `file`, and move them into its place once they are on the disk."""
+    making = Path(file).with_suffix(".making")
+    try:
+        with open(making, "wb") as new:
+            new.write(data)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(making, file)
+    except OSError as error:
+        making.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written ({one_line(error)}); the one before is untouched: "
+                      "make room or change the rights, then continue with --resume") from None
+
+def checksum(tensors):
+    return torch.tensor(zlib.crc32(safetensors.torch.save(tensors)))
+
+def save_tensors(tensors, file):
+    """safetensors with a checksum: no run continues from bits that have flipped on the disk."""
+    write_whole(file, safetensors.torch.save(tensors | {"checksum": checksum(tensors)}))
+
+def load_tensors(file):
+    """What `save_tensors` wrote (the format runs no code). ValueError: the file is damaged."""
+    try:
+        tensors = safetensors.torch.load(Path(file).read_bytes())
+        if tensors.pop("checksum") == checksum(tensors):
+            return tensors
+    except OSError as error:
+        raise OSError(f"{file} cannot be read ({one_line(error)}): put back a copy") from None
+    except (safetensors.SafetensorError, LookupError, RuntimeError, ValueError):
+        pass
+    raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at step 0")
+
+def last_run(filename, containing=""):
+    """The folder in out/ whose text file `filename`, with `containing` in it, is the newest."""
+    found = [file for file in Path("out").glob(f"*/{filename}") if containing in file.read_text()]
+    if not found:
+        raise OSError("there is no run in out/ yet: start one with train.py, or name it with --out")
+    return max(found, key=os.path.getmtime).parent
+
+def check_out(out, resume):
+    """ValueError: the output folder is a file, or holds a run that is not to be resumed."""
+    if os.path.isfile(out) or not resume and os.path.exists(f"{out}/args.json"):
+        raise ValueError(f"{out} already holds a run, or is a file: --resume, or name a new folder")
+
+def load_options(folder, names):
+    """The options of a run. ValueError: there is none, or they are not `names`."""
+    file = Path(folder) / "args.json"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no run to resume: start one without --resume")
+    try:
+        options = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (TypeError, ValueError):
+        options = {}
+    if options.keys() != names:
+        raise ValueError(f"{file} is damaged, or of another script: put back a copy or start anew")
+    return options
+
+def prepare_out(args, tokenizer, log_size):
+    """The output folder: options, tokenizer, and the log as long as at the last checkpoint."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "args.json", json.dumps(vars(args), indent=2).encode())
+    for folder in (out, out / "so-far"):
+        tokenizer.save_pretrained(folder)
+    with open(out / "log.jsonl", "ab") as log:           # without updates that a kill has undone
+        log.truncate(min(log_size, log.tell()))
