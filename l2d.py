@@ -568,6 +568,9 @@ class L2DConfig(transformers.PreTrainedConfig):
 
     def update(self, changes):
         """Change several settings together. ValueError: they do not fit; then none is changed."""
+        unknown = changes.keys() - vars(self).keys()
+        if unknown and "max_evaluations" in vars(self):
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         check_settings(SimpleNamespace(**{**vars(self), **changes}))
         vars(self).update(changes)
 
@@ -575,6 +578,13 @@ class L2DConfig(transformers.PreTrainedConfig):
         if "max_evaluations" in vars(self):                 # the last one: all others are there
             check_settings(SimpleNamespace(**{**vars(self), name: value}))
         super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Called in loading. The library would set and check kwargs one by one: here, together."""
+        settings = [key for key in kwargs if key in config_dict and key != "dtype"]
+        changes = {key: kwargs.pop(key) for key in settings}
+        return super().from_dict({**config_dict, **changes}, **kwargs)
 
     def check_base(self, base):
         """ValueError: a base (its configuration) that this path cannot run on."""

@@ -1790,6 +1790,17 @@ def test_a_path_of_the_first_version_loads_unless_it_is_self_conditioned(folders
         L2D.from_pretrained(folder / "path")
 
 
+@pytest.mark.parametrize("settings", [dict(steps=6, solver="euler"), dict(solver="euler", steps=6)])
+def test_auto_model_takes_settings_in_any_order(folders, settings):
+    loaded = AutoModelForCausalLM.from_pretrained(folders[1] / "path", **settings)
+    assert (loaded.config.steps, loaded.config.solver) == (6, "euler")
+
+
+def test_update_refuses_what_is_no_setting():
+    with pytest.raises(ValueError, match="unknown settings: stepz"):
+        tiny_l2d().config.update({"stepz": 3})
+
+
 def test_a_path_saved_without_the_name_of_its_base_needs_one(tmp_path):
     model = tiny_l2d()
     model.save_pretrained(tmp_path)
