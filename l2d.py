@@ -129,7 +129,7 @@ class Context:
     seeds: torch.Tensor                 # [B, N]  seed of the row
     positions: torch.Tensor             # [B, N]  seed and position determine the noise
     class_ids: torch.Tensor | None      # [B, N]  None for a model without classes
-    valid: torch.Tensor                 # [B, N]  False for filler in rows with fewer queries
+    valid: torch.Tensor                 # [B, N]  False for filler, in rows with fewer than N
 
     def logits(self, hidden):                                         # [B, N, D] -> [B, N, V]
         return self.head(self.norm(hidden))
@@ -315,8 +315,9 @@ def estimate(path, logits, t, context):
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
-        # At temperature 1 − t, with Gumbel noise: argmax(logits / tau + noise) is a draw. Each time
-        # has a noise of its own, so that x̂ is a function of x and t.
+        # At temperature tau = 1 − t (the release reads it one stage ahead): argmax of logits +
+        # tau·Gumbel noise is a draw from softmax(logits / tau). Each time has a noise of its own,
+        # so that x̂ is a function of x and t; 2^24 steps of t are as fine as float32.
         moment = (t[..., 0] * 2**24).long()
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
@@ -391,13 +392,14 @@ def solve_adaptive(dxdt, x, first, t_end, tableau, atol, rtol, max_evaluations):
     h, used, k_1 = torch.full_like(t, min(0.05, t_end)), torch.ones_like(t), first
     cost = len(tableau.c) - tableau.first_same_as_last      # of a try and the k_1 that follows
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
-        # Try an interval. (States that have ended go along, unchanged.)
+        # Try an interval. (Ended states go along, never accepted.)
         h = torch.minimum(h, t_end - t)
         ks = stages(dxdt, x, t, h, tableau, k_1)
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error, relative to the tolerance and as a root mean square over d, is at
-        # most 1. NaN counts as accepted, so that the loop ends; the answer is checked for it.
+        # most 1. NaN counts as accepted: h becomes NaN, and the next try goes to t_end. The
+        # answer is checked for it.
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
@@ -470,7 +472,7 @@ def diffuse(path, context, steps=None, observe=None):
     logits = seen(x, 0.0, context.logits(context.hidden))       # t = 0: the LM's, for every class
     if steps == 1:
         return logits, used
-    first = velocity(path, logits, x, 0.0, context)
+    first = velocity(path, logits, x, 0.0, context)     # guided too: all classes agree at t = 0
     if tableau.error:
         x, t, used = solve_adaptive(dxdt, x, first, t_end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)

@@ -31,7 +31,7 @@ from support import chats, console, processes, tiny
 from support.processes import from_first, rank, world
 
 TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, cond_dim=64,
-            max_steps=2000, batch_size=128, micro_batch_size=32, lr=2e-3, min_lr=1e-5,
+            max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
 SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps")
 CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "shard")   # by --resume
