@@ -990,7 +990,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     # Thinking ahead
 
     @torch.no_grad()
-    def generate_ahead(self, input_ids, max_new_tokens, ahead=8, temperature=1.0, eos_token_id=(),
+    def generate_ahead(self, input_ids, max_new_tokens, ahead=16, temperature=1.0, eos_token_id=(),
                        seeds=None, class_ids=None):
         """Generate after input_ids [1, S], several tokens' diffusions at once. The LM drafts up to
         ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the draft
@@ -1004,7 +1004,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if seeds is None:
             seeds = torch.randint(2**62, (1,))
         seeds, device = seeds.to(input_ids.device).long()[:, None], input_ids.device
-        cache, pending, reach, done = DynamicCache(), input_ids, min(2, ahead), 0
+        cache, pending, reach, done = DynamicCache(), input_ids, ahead, 0
         while done < max_new_tokens:
             first, hidden, drafts = int(cache.get_seq_length()) + pending.shape[1] - 1, [], []
             for n in range(min(reach, max_new_tokens - done)):
@@ -1035,7 +1035,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             done += len(tokens)
             if tokens[-1] in eos_token_id:
                 return
-            pending, reach = input_ids.new_tensor([tokens[-1:]]), min(ahead, 2 * len(tokens))
+            pending, reach = input_ids.new_tensor([tokens[-1:]]), min(ahead, 4 * len(tokens))
 
     # Saving and loading
 

@@ -41,7 +41,7 @@ def parse_args():
     add = parser.add_argument_group("answers").add_argument
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--ahead", type=int, default=8, help="tokens drafted by the base and diffused together")
+    add("--ahead", type=int, default=16, help="tokens drafted by the base and diffused together")
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     args = parser.parse_args()

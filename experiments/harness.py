@@ -52,7 +52,7 @@ DECODING = {                                             # generate's own top_k 
     "sampled": {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
     "greedy": {"do_sample": False, "temperature": 0.0}}
 
-# ---- The harness's tasks --------------------------------------------------------------------------
+# ---- The harness's tasks -------------------------------------------------------------------------
 
 def import_harness():
     """The package lm_eval."""
