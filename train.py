@@ -237,8 +237,7 @@ def load_checkpoint(model, optimizer, args):
     return tensors["step"].item(), tensors["log_size"].item()
 
 def finish(model, args, kind):
-    """The trained model and a card for the hub, in the place of the path so far. They are written
-    beside it, and weights move last: they say that all is there."""
+    """The trained model and a card, moved into place. Weights move last: then all is there."""
     out, making = Path(args.out), Path(f"{args.out}.making")
     model.save_pretrained(making)
     base_model = None if os.path.isdir(args.model) else args.model
