@@ -1,0 +1,309 @@
+"""A real language model: SmolLM2-135M-Instruct on GSM8K, token by token, beside its controls.
+
+    python -m experiments.smollm2 --out out/smollm2              makes the base
+    python -m experiments.gsm8k --data gsm8k.jsonl               all of it: many hours on two cores
+    python -m experiments.gsm8k --data gsm8k.jsonl --out out/gsm8k-short --methods l2d --updates 12
+        --rows 12 --choose-rows 6 --steps 1 3 7                  its beginning, in ten minutes
+    python -m experiments.gsm8k --table                          only prints what was measured here
+
+--data is GSM8K's training set, {"question": .., "answer": ..} in every line. Its rows are shuffled
+and split: 400 are for the figures, 200 for choices (at which time one evaluation on noise answers
+best, where a late start is best), and the rest is learnt from. It trains the path, then the base by
+LoRA and by full finetuning on the same examples in the same order. Every token of an answer is then
+predicted after the right tokens before it (teacher forcing). Stop it at any time: training goes on
+from its checkpoint, and measurements from the last batch of rows. --methods and --steps do a part;
+parts may run side by side, each with its own --methods or --steps. The table goes to
+experiments/figures/gsm8k.jsonl if --out is the default."""
+
+import argparse
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from experiments.results import read_log
+from experiments.tokens import (fresh_noise, from_later, on_noise, on_truth, report, score, shared,
+                                summary, told_noisier, usual)
+from l2d import IGNORE, L2D, L2DConfig
+from support import chats
+from support.console import (check_numbers, console, load, load_base, load_model, load_tensors,
+                             load_tokenizer, save_tensors, write_whole)
+from train import micro_batches
+
+ROOT = Path(__file__).parent.parent
+TABLE = Path(__file__).parent / "figures" / "gsm8k.jsonl"
+OUT, SPLIT = "out/gsm8k", {"test": 400, "choose": 200}   # rows; the rest is "train"
+RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 10 "
+          "--dtype bfloat16 --validation 32 --eval-every 100 --save-every 20 --seed 0")
+METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
+           "full": "-m experiments.finetune --method full --lr 1e-4"}
+STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on, --long-rows
+TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
+STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
+TRUE_TIMES = (0.5, 0.9)
+ADAPTIVE = (("fehlberg2", 3e-2), ("bosh3", 3e-2))
+
+# ---- Data and training ---------------------------------------------------------------------------
+
+def split(data, out):
+    """Write out/test.jsonl, choose.jsonl and train.jsonl, unless they are there. ValueError: there
+    are too few rows, or the files are of other rows."""
+    rows = [row for row in Path(data).read_text(encoding="utf-8").splitlines() if row.strip()]
+    random.Random(0).shuffle(rows)
+    counts = {name: min(n, len(rows) // 4) for name, n in SPLIT.items()}
+    if not rows or min(counts.values()) < 1:
+        raise ValueError(f"{data} has {len(rows)} rows: too few to split them")
+    counts["train"] = len(rows)                          # all that is left
+    for name, n in counts.items():
+        part, rows = rows[:n], rows[n:]
+        text, file = "\n".join(part) + "\n", Path(out) / f"{name}.jsonl"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            raise ValueError(f"{file} holds other rows than {data}: take another --out")
+        if not file.exists():
+            write_whole(file, text.encode())
+
+def train(method, args):
+    """Train one method, or what is left of it. RuntimeError: it failed."""
+    out = Path(args.out) / method
+    if (out / "args.json").exists():
+        done = json.loads((out / "args.json").read_text(encoding="utf-8"))["max_steps"]
+        if done != args.updates:
+            raise ValueError(f"{out} is of {done} updates, not {args.updates}: take another --out")
+    if (out / "model.safetensors").exists():
+        return
+    if (out / "checkpoint.safetensors").exists():
+        script = METHODS[method].split(" --lr")[0]
+        command = f"{script} --resume --out {shlex.quote(str(out))}"
+    else:
+        data = Path(args.out) / "train.jsonl"
+        places = shlex.join(["--model", args.model, "--data", str(data), "--out", str(out)])
+        command = f"{METHODS[method]} {RECIPE} --max-steps {args.updates} {places}"
+    print(f"python {command}", flush=True)
+    if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
+        raise RuntimeError(f"the training of {out} stopped: see above, then start again")
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+class Model:
+    """A trained path or finetuned base, in bfloat16, and a stamp that changes with its weights."""
+
+    def __init__(self, folder):
+        self.stamp = zlib.crc32((Path(folder) / "model.safetensors").read_bytes())
+        if load(AutoConfig, folder).model_type == "l2d":
+            self.l2d = load_model(folder, dtype=torch.bfloat16)
+        else:                                            # an untrained path: T = 1 is the base
+            base = load_base(folder, dtype=torch.bfloat16)
+            self.l2d = L2D(L2DConfig(base_model=str(folder)), base).eval()
+        self.l2d.merge_lora()
+        self.tokenizer = load_tokenizer(folder, self.l2d.base.config.vocab_size)
+
+    def examples(self, file, n):
+        """The first n rows as examples; those of over 384 tokens are left out."""
+        rows, problems = chats.read_rows(str(file))[0][:n], Counter()
+        return chats.encode(rows, self.tokenizer, 384, None, problems)
+
+    @torch.no_grad()
+    def scores(self, examples, way, settings, file, name, batch=8):
+        """The scores of all answer tokens; kept in `file` after every batch of examples. It is of
+        no use, and begun again, if the weights were others."""
+        found, stamp = {}, torch.tensor(self.stamp)
+        if file.exists():
+            kept = load_tensors(file)
+            if torch.equal(kept.pop("stamp"), stamp):
+                found = kept
+        done = set(found["example"].tolist()) if found else set()
+        numbered = sorted(enumerate(examples), key=lambda pair: len(pair[1]["input_ids"]))
+        left = [(example, i) for i, example in numbered if i not in done]
+        options, pad = SimpleNamespace(micro_batch_size=batch), self.tokenizer.pad_token_id
+        for i in tqdm(range(0, len(left), batch), desc=name, disable=not left):
+            inputs = next(micro_batches(left[i:i + batch], options, pad, self.l2d))
+            new = self.batch_scores(inputs, way, settings)
+            found = {key: torch.cat([found[key], new[key]]) if found else new[key] for key in new}
+            save_tensors(found | {"stamp": stamp}, file)
+        return found
+
+    def batch_scores(self, inputs, way, settings):
+        labels = inputs["labels"]
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        keep = targets != IGNORE
+        context = self.l2d.read(keep, inputs["input_ids"], inputs["attention_mask"],
+                                seeds=inputs["seeds"])
+        targets = targets.gather(1, self.l2d.kept_columns(keep)).clamp(min=0)
+        logits, used = way(self.l2d.current_path(), context, targets, **settings)
+        valid = context.valid
+        return (score(logits[valid], used[valid], targets[valid])
+                | {"example": context.seeds[valid]})
+
+class Bench:
+    """What is measured of the models in args.out, on the rows "test" or "choose"."""
+
+    def __init__(self, args):
+        self.args, self.models, self.known = args, {}, {}
+        self.folder = Path(args.out) / "tokens"
+        self.folder.mkdir(exist_ok=True)
+        self.rows = {"test": args.rows, "choose": args.choose_rows}
+
+    def measure(self, name, way, settings, method="l2d", rows="test"):
+        """The scores of one way to answer."""
+        if method not in self.models:                    # one at a time in memory
+            folder = Path(self.args.out) / method if method != "base" else self.args.model
+            self.models = {method: Model(folder)}
+        n, key = self.rows[rows], (method, rows, name)
+        if settings.get("steps", 0) >= LONG:
+            n = min(n, self.args.long_rows)
+        if key not in self.known:
+            examples = self.models[method].examples(Path(self.args.out) / f"{rows}.jsonl", n)
+            plain = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{rows} {n} {method} {name}")
+            self.known[key] = self.models[method].scores(
+                examples, way, settings, self.folder / f"{plain}.safetensors", f"{rows}: {name}")
+        return self.known[key]
+
+    def base(self, rows="test"):
+        return self.measure(*way_steps(1), method="base", rows=rows)
+
+def way_from(start, T):
+    return (f"T = {T} from t = {start}", from_later,
+            {"start": start, "steps": T, "solver": "euler" if T == 2 else "midpoint"})
+
+def way_noise(t):
+    return f"one evaluation on noise, t = {t}", on_noise, {"t": t}
+
+def way_steps(T):
+    return "T = 1, the base" if T == 1 else f"T = {T}", usual, {"steps": T}
+
+def sweep():
+    """Ways that only change the sampling, tried on the rows for choices."""
+    yield from [way_noise(t) for t in TIMES] + [way_from(*pair) for pair in STARTS]
+    yield way_steps(7)
+    for t in (0.3, 0.6, 0.9):
+        yield f"T = 7, end at t = {t}", usual, {"steps": 7, "t_end": t}
+    for T in (3, 7):
+        yield f"T = {T}, fresh noise", fresh_noise, {"steps": T}
+    for share in (0.1, 0.3):
+        yield f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share}
+
+def choices(bench):
+    """([(name, line)] of the sweep, ways chosen by it): the best time for one evaluation on noise
+    and the best start for each T, by the share of tokens whose right one is the most likely."""
+    base, lines = bench.base("choose"), []
+    for name, way, settings in sweep():
+        scores = bench.measure(name, way, settings, rows="choose")
+        lines.append((name, summary(*shared(scores, base))))
+    found = dict(lines)
+
+    def best(ways):
+        return max(ways, key=lambda way: found[way[0]]["greedy"][0])
+    chosen = [best([way_noise(t) for t in TIMES])]
+    for T in sorted({T for _, T in STARTS}):
+        chosen.append(best([way_from(*pair) for pair in STARTS if pair[1] == T]))
+    return [("T = 1, the base", summary(base, base)), *lines], chosen
+
+def plan(bench, args):
+    """(name, way, settings, method) of all that is measured on the rows for the figures."""
+    yield *way_steps(1), "base"
+    for method in ("lora", "full"):
+        if method in args.methods:
+            yield f"base after {method} finetuning", usual, {"steps": 1}, method
+    if "l2d" not in args.methods:
+        return
+    for T in args.steps:
+        yield *way_steps(T), "l2d"
+    if not args.only_steps:
+        for way in choices(bench)[1]:
+            yield *way, "l2d"
+        for solver, tolerance in ADAPTIVE:
+            yield (f"{solver}, {tolerance:g}", usual,
+                   {"steps": 2, "solver": solver, "atol": tolerance, "rtol": tolerance}, "l2d")
+        for t in TRUE_TIMES:
+            yield f"(the true x_t at t = {t})", on_truth, {"t": t}, "l2d"
+
+def measure(args):
+    """All lines {"rows", "name", ..}, in the order of the table."""
+    bench, lines = Bench(args), []
+    for name, way, settings, method in list(plan(bench, args)):
+        scores, was = shared(bench.measure(name, way, settings, method), bench.base())
+        lines.append({"rows": "test", "name": name, "seed": 0, "updates": args.updates}
+                     | summary(scores, was))
+    if "l2d" in args.methods and not args.only_steps:
+        lines += [{"rows": "choose", "name": name, "seed": 0, "updates": args.updates} | line
+                  for name, line in choices(bench)[0]]
+    return lines
+
+def keep(lines):
+    """Put lines into the table of this repository, in the place of earlier ones of that name."""
+    known = {(line["rows"], line["name"]): line for line in read_log(TABLE, "rows") + lines}
+    write_whole(TABLE, "".join(json.dumps(line) + "\n" for line in known.values()).encode())
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+def print_tables(lines):
+    parts = {rows: [(line["name"], line) for line in lines if line["rows"] == rows]
+             for rows in ("test", "choose")}
+    report(parts["test"])
+    print("\nby the base's probability of the right token: most likely / sampled right")
+    bands = parts["test"][0][1]["bands"]
+    print(f"{'':36}" + "".join(f"{band['from']:g} to {band['to']:g} ({band['tokens']})".rjust(22)
+                               for band in bands))
+    for name, line in parts["test"]:
+        cells = (f"{band['greedy']:.1%} / {band['sampled']:.1%}" for band in line["bands"])
+        print(f"{name:36}" + "".join(f"{cell:>22}" for cell in cells))
+    print("\nanswers at a lower temperature: sampled right / loss")
+    print(f"{'':36}" + "".join(f"tau {one['tau']}".rjust(16)
+                               for one in parts["test"][0][1]["sharpened"]))
+    for name, line in parts["test"]:
+        cells = (f"{one['sampled'][0]:.1%} / {one['loss'][0]:.2f}" for one in line["sharpened"])
+        print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
+    if parts["choose"]:
+        print("\non the rows for choices")
+        report(parts["choose"])
+    print(f"gains, fixed and broken are against T = 1; ± is half the 95% interval over "
+          f"examples; {lines[0]['examples']} of them, {lines[0]['updates']} updates")
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", help="GSM8K's training set, a .jsonl file")
+    add("--model", default="out/smollm2", help="the base (default: %(default)s)")
+    add("--out", default=OUT, help="folder for all of it (default: %(default)s)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
+    add("--updates", type=int, default=300, help="of 16 examples (default: %(default)s)")
+    add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
+    add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")
+    add("--steps", type=int, nargs="+", default=list(STEPS), help="T (default: %(default)s)")
+    add("--long-rows", type=int, default=175, help=f"for T of {LONG} or more (default: %(default)s)")
+    add("--only-steps", action="store_true", help="measure nothing of the path but --steps")
+    add("--table", action="store_true", help="print the table of experiments/figures, no more")
+    args = parser.parse_args()
+    check_numbers(parser, vars(args), above_0=("updates", "rows", "long_rows", "choose_rows", "steps"))
+    if not args.table and not args.data:
+        parser.error("--data is missing: GSM8K's train.jsonl, or --table for what was measured")
+    return args
+
+def main():
+    args = parse_args()
+    if args.table:
+        return print_tables(read_log(TABLE, "rows"))
+    torch.set_num_threads(1)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    split(args.data, args.out)
+    for method in args.methods:
+        train(method, args)
+    lines = measure(args)
+    if args.out == OUT:
+        keep(lines)
+    print_tables(lines)
+
+if __name__ == "__main__":
+    with console("gsm8k.py"):
+        main()

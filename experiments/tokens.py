@@ -1,0 +1,232 @@
+"""Answer tokens, one by one: ways to predict them with a trained path, and what they are worth.
+
+    python -m experiments.tokens                     on the last tiny model of `python train.py`
+    python -m experiments.tokens --seeds 0 1 2       on those of seeds 0, 1 and 2
+
+Every answer token is predicted after the right tokens before it (teacher forcing). Beside the usual
+diffusion there are ways that only change the sampling: one evaluation on noise alone, a start at a
+later time, an early end, fresh noise at every evaluation, and a path that is told that x_t is
+noisier than it is. All use the same trained path. The time or the setting of each is chosen on
+other questions. Intervals are at 95%, over examples, because the tokens of one example depend on
+each other. `gsm8k` does the same with a real language model."""
+
+import argparse
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from experiments.evaluate import Bench
+from experiments.results import add_models, model_folders
+from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, intervals, solve_fixed,
+                 velocity)
+from support.console import check_numbers, console
+from support.tiny import KINDS, encode, questions
+
+TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the answer
+BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
+USUAL = {"solver": "midpoint", "velocity": "argmax", "t_end": None, "guidance": 1.0}
+
+# ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
+# [B, N, V] and evaluations [B, N] -----------------------------------------------------------------
+
+def usual(path, context, targets, **settings):
+    """The diffusion as l2d.py has it, with these settings of the model."""
+    path.config.update(USUAL | settings)
+    return diffuse(path, context)
+
+def on_noise(path, context, targets, t):
+    """One evaluation at t, where x_t is noise alone."""
+    x = (1 - t) * initial_noise(path.config, context)
+    return path.at_shared_time(x, t, context), torch.ones_like(targets)
+
+def on_truth(path, context, targets, t):
+    """One evaluation at t of the true x_t: what could be known, no way to answer."""
+    x_1 = path.vocabulary(context.embedding(targets))
+    x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
+    return path.at_shared_time(x_t, t, context), torch.ones_like(targets)
+
+def from_later(path, context, targets, start, steps, solver):
+    """The diffusion from noise at t = start. At t = 0 the base alone votes; here it does not."""
+    def dxdt(x, t):
+        return velocity(path, path.at_shared_time(x, start + t, context), x, start + t, context)
+    x = (1 - start) * initial_noise(path.config, context)
+    n = intervals(solver, steps)
+    x = solve_fixed(dxdt, x, dxdt(x, 0.0), 1 - start, n, TABLEAUS[solver])
+    return path.at_shared_time(x, 1.0, context), torch.full_like(targets, steps)
+
+def fresh_noise(path, context, targets, steps):
+    """x_t is made anew at each of T evaluations, at t = 0, 1/(T − 1), .., 1, from the last x̂ and
+    fresh noise."""
+    times = torch.arange(steps) / (steps - 1)
+    logits = context.logits(context.hidden)
+    for i, t in enumerate(times.tolist()[1:], start=1):
+        other = replace(context, seeds=context.seeds ^ (i << 40))
+        before = times[i - 1].expand(*targets.shape, 1)
+        x_hat = estimate(path, logits, before, context)
+        x = (1 - t) * initial_noise(path.config, other) + t * x_hat
+        logits = path.at_shared_time(x, t, context)
+    return logits, torch.full_like(targets, steps)
+
+def told_noisier(path, context, targets, share, steps):
+    """Midpoint, but the path is told the time (1 − share)·t, also for the answer."""
+    def evaluate(x, t):
+        return path.at_shared_time(x, (1 - share) * t, context)
+
+    def dxdt(x, t):
+        return velocity(path, evaluate(x, t), x, t, context)
+    x = initial_noise(path.config, context)
+    first = velocity(path, context.logits(context.hidden), x, 0.0, context)
+    x = solve_fixed(dxdt, x, first, 1.0, intervals("midpoint", steps), TABLEAUS["midpoint"])
+    return evaluate(x, 1.0), torch.full_like(targets, steps)
+
+# ---- Scores --------------------------------------------------------------------------------------
+
+def score(logits, used, targets):
+    """What is kept of M tokens, {name: [M, ..]}: the most likely token, is it right, its
+    probability, the log-probability of the right token at each temperature of TAUS, evaluations."""
+    logits = logits.float()
+    confidence, best = logits.softmax(-1).max(-1)
+    logp = [(logits / tau).log_softmax(-1).gather(-1, targets[:, None])[:, 0] for tau in TAUS]
+    return {"best": best.int(), "hit": best == targets, "confidence": confidence,
+            "logp": torch.stack(logp, dim=-1), "used": used.float()}
+
+def mean(values, example):
+    """(mean over tokens, half its 95% interval over examples): values [M], example [M]."""
+    values = values.double()
+    centre, (_, group) = values.mean(), example.unique(return_inverse=True)
+    sums = torch.zeros(int(group.max()) + 1, dtype=torch.double)
+    sums.index_add_(0, group, values - centre)
+    n = len(sums)
+    spread = (n / max(1, n - 1) * sums.square().sum()).sqrt() / len(values)
+    return [centre.item(), 1.96 * spread.item()]
+
+def calibration(scores):
+    """Expected calibration error of the most likely token's probability, in 15 equal bins."""
+    bins = (15 * scores["confidence"]).long().clamp(max=14)
+    off = torch.zeros(15, dtype=torch.double)
+    off.index_add_(0, bins, (scores["hit"].double() - scores["confidence"].double()))
+    return (off.abs().sum() / len(bins)).item()
+
+def summary(scores, base):
+    """The line of one way, against the base's scores of the same tokens."""
+    example, hit, p = scores["example"], scores["hit"], scores["logp"].exp()
+    was, base_p = base["hit"], base["logp"][:, 0].exp()
+    line = {"examples": len(example.unique()), "tokens": len(example),
+            "evaluations": scores["used"].mean().item(),
+            "greedy": mean(hit, example), "sampled": mean(p[:, 0], example),
+            "loss": mean(-scores["logp"][:, 0], example), "calibration": calibration(scores),
+            "greedy_gain": mean(hit.float() - was.float(), example),
+            "sampled_gain": mean(p[:, 0] - base_p, example),
+            "fixed": int((hit & ~was).sum()), "broken": int((was & ~hit).sum()), "bands": []}
+    line["sharpened"] = [{"tau": tau, "sampled": mean(p[:, i], example),
+                          "loss": mean(-scores["logp"][:, i], example)}
+                         for i, tau in enumerate(TAUS)]
+    for low, high in zip(BANDS, BANDS[1:]):
+        chosen = (base_p >= low) & (base_p < high + (high == 1))
+        if chosen.any():
+            line["bands"].append({
+                "from": low, "to": high, "tokens": int(chosen.sum()),
+                "greedy": hit[chosen].float().mean().item(),
+                "sampled": p[chosen, 0].mean().item(), "used": scores["used"][chosen].mean().item(),
+                "base_greedy": was[chosen].float().mean().item(),
+                "base_sampled": base_p[chosen].mean().item()})
+    return line
+
+def shared(scores, other):
+    """Both scores, of the examples that both have, in the same order."""
+    def ordered(one, examples):
+        keep = torch.isin(one["example"], examples)
+        kept = {name: tensor[keep] for name, tensor in one.items()}
+        order = kept["example"].argsort(stable=True)
+        return {name: tensor[order] for name, tensor in kept.items()}
+    common = scores["example"][torch.isin(scores["example"], other["example"])]
+    return ordered(scores, common), ordered(other, common)
+
+# ---- On the tiny model ---------------------------------------------------------------------------
+
+SWEEP = [(f"one evaluation on noise, t = {t}", on_noise, {"t": t}) for t in (0.1, 0.2, 0.3)]
+SWEEP += [(f"T = {T} from t = {t}", from_later,
+           {"start": t, "steps": T, "solver": "euler" if T == 2 else "midpoint"})
+          for T in (2, 3, 5) for t in (0.05, 0.1, 0.2, 0.35)]
+SWEEP += [(f"T = 7, end at t = {t}", usual, {"steps": 7, "t_end": t}) for t in (0.3, 0.6, 0.9)]
+SWEEP += [(f"T = {T}, fresh noise", fresh_noise, {"steps": T}) for T in (3, 7)]
+SWEEP += [(f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share})
+          for share in (0.1, 0.3)]
+PLAN = [(f"T = {T}", usual, {"steps": T}) for T in (1, 3, 7, 15)]
+
+class TinyTokens:
+    """The answer tokens of n fresh questions to a tiny model, after its main path has run."""
+
+    def __init__(self, model, tokenizer, n, seed):
+        rows = questions(n, seed=f"tokens {seed}", test=True, kinds=KINDS[:3], shares=None)
+        ids, labels = encode(rows, tokenizer)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        keep = targets != IGNORE
+        self.path = model.current_path()
+        self.context = model.read(keep, ids, seeds=torch.arange(n) + seed * 1_000_003)
+        self.targets = targets.gather(1, model.kept_columns(keep)).clamp(min=0)
+        self.example = self.context.seeds[self.context.valid]
+
+    @torch.no_grad()
+    def scores(self, way, settings):
+        valid = self.context.valid
+        logits, used = way(self.path, self.context, self.targets, **settings)
+        found = score(logits[valid], used[valid], self.targets[valid])
+        return found | {"example": self.example}
+
+def report(lines):
+    """Print [(name, line)]: shares in percent with half their interval, gains over the base."""
+    print(f"{'':36}{'most likely':>14}{'gain':>14}{'sampled':>14}{'gain':>14}{'loss':>7}"
+          f"{'ECE':>7}{'fixed':>7}{'broken':>7}{'evaluations':>13}{'tokens':>8}")
+    for name, line in lines:
+        cells = "".join(f"{100 * line[key][0]:{form}} ±{100 * line[key][1]:4.1f}"
+                        for key, form in (("greedy", "8.1f"), ("greedy_gain", "+8.1f"),
+                                          ("sampled", "8.1f"), ("sampled_gain", "+8.1f")))
+        print(f"{name:36}{cells}{line['loss'][0]:7.2f}{100 * line['calibration']:6.1f}%"
+              f"{line['fixed']:7}{line['broken']:7}{line['evaluations']:13.1f}{line['tokens']:8}")
+
+def measure(bench, n, seed):
+    if not bench.is_l2d:
+        raise ValueError(f"{bench.folder} is no trained path: name one with --out")
+    tokens, base, lines = TinyTokens(*bench.loaded, n, seed), None, []
+    for name, way, settings in PLAN + SWEEP:
+        scores = tokens.scores(way, settings)
+        base = base or scores
+        lines.append((name, summary(scores, base)))
+    return lines
+
+def over_models(tables):
+    """The lines with the mean over models in place of each number."""
+    def average(values):
+        if isinstance(values[0], list):
+            return [average(same) for same in zip(*values)]
+        return sum(values) / len(values)
+    for same in zip(*tables):
+        lines = [line for _, line in same]
+        keys = [key for key in lines[0] if key not in ("bands", "sharpened")]
+        merged = {key: average([line[key] for line in lines]) for key in keys}
+        for key in ("fixed", "broken", "tokens"):
+            merged[key] = round(merged[key])
+        yield same[0][0], merged
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_models(parser)
+    parser.add_argument("--questions", type=int, default=1020,
+                        help="how many (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="of the questions and the noise (default: %(default)s)")
+    args = parser.parse_args()
+    check_numbers(parser, vars(args), above_0=["questions"])
+    torch.set_num_threads(1)
+    tables = [measure(Bench(folder), args.questions, args.seed) for folder in model_folders(args)]
+    report(list(over_models(tables)))
+    print(f"n = {args.questions} questions, {len(tables)} models, seed {args.seed}; gains are over "
+          "T = 1; ± is half the 95% interval over questions (its mean over the models)")
+
+if __name__ == "__main__":
+    with console("tokens.py"):
+        main()

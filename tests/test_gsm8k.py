@@ -1,0 +1,172 @@
+"""Tests of gsm8k.py and tokens.py: pytest tests/test_gsm8k.py (no real model, no network)."""
+
+import json
+import os
+from functools import partial
+
+import pytest
+import torch
+
+from experiments import gsm8k, tokens
+from l2d import L2D, L2DConfig
+from support import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """TinyTokens of an untaught model whose path has been moved away from the base."""
+    tokenizer = tiny.make_tokenizer()
+    torch.manual_seed(0)
+    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
+    model = L2D(L2DConfig(dim=16, cond_dim=16, sigma=3.0), base)
+    for p in model.path.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return tokens.TinyTokens(model.eval(), tokenizer, 9, seed=1)
+
+
+def answer(data, way, **settings):
+    return way(data.path, data.context, data.targets, **settings)
+
+
+@pytest.mark.parametrize("way", [partial(tokens.from_later, start=0.0, solver="midpoint"),
+                                 partial(tokens.told_noisier, share=0.0)])
+@torch.no_grad()
+def test_ways_that_change_nothing_are_the_usual_one(data, way):
+    logits, used = answer(data, way, steps=7)
+    expected, evaluations = answer(data, tokens.usual, steps=7)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(used, evaluations)
+    assert not torch.allclose(expected, answer(data, tokens.usual, steps=1)[0], atol=1e-2)
+
+
+@torch.no_grad()
+def test_single_evaluations_and_fresh_noise(data):
+    """At t = 1 no noise is left: the true x_1, or that of the base's most likely token."""
+    path, context, valid = data.path, data.context, data.context.valid
+    x_1 = path.table(context.embedding)
+    found, used = answer(data, tokens.on_truth, t=1.0)
+    expected = path.at_shared_time(x_1[data.targets], 1.0, context)
+    torch.testing.assert_close(found[valid], expected[valid])
+    assert (used == 1).all()
+    best = context.logits(context.hidden).argmax(-1)
+    found, used = answer(data, tokens.fresh_noise, steps=2)
+    torch.testing.assert_close(found[valid], path.at_shared_time(x_1[best], 1.0, context)[valid])
+    assert (used == 2).all()
+    noise, _ = answer(data, tokens.on_noise, t=0.2)
+    assert not torch.allclose(noise, answer(data, tokens.on_truth, t=0.2)[0], atol=1e-3)
+
+
+def test_scores_by_hand():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]])
+    found = tokens.score(p.log(), torch.tensor([1, 3]), torch.tensor([0, 1]))
+    assert found["hit"].tolist() == [True, False] and found["best"].tolist() == [0, 0]
+    torch.testing.assert_close(found["confidence"], torch.tensor([0.7, 0.5]))
+    torch.testing.assert_close(found["logp"][:, 0].exp(), torch.tensor([0.7, 0.4]))
+    square = p ** (1 / 0.4)
+    sharper = (square / square.sum(-1, keepdim=True))[[0, 1], [0, 1]]
+    torch.testing.assert_close(found["logp"][:, tokens.TAUS.index(0.4)].exp(), sharper)
+    assert tokens.calibration(found) == pytest.approx((0.3 + 0.5) / 2)
+
+
+def test_intervals_are_over_examples():
+    """Alone in its example, a token counts as usual; ten copies of it tell no more than one."""
+    values = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    centre, half = tokens.mean(values, torch.arange(5))
+    assert (centre, half) == pytest.approx((0.6, 1.96 * values.std().item() / 5 ** 0.5))
+    again = tokens.mean(values.repeat_interleave(10), torch.arange(5).repeat_interleave(10))
+    assert again == pytest.approx((centre, half))
+
+
+def test_summary_counts_what_changed():
+    logits = torch.eye(4)[torch.tensor([0, 1, 2, 3])] * 3
+    targets, used = torch.tensor([0, 1, 0, 0]), torch.ones(4)
+    base = tokens.score(logits, used, targets) | {"example": torch.tensor([0, 0, 1, 1])}
+    moved = tokens.score(logits[[0, 0, 0, 3]], used, targets) | {"example": base["example"]}
+    line = tokens.summary(moved, base)
+    assert (line["fixed"], line["broken"], line["tokens"], line["examples"]) == (1, 1, 4, 2)
+    assert line["greedy"][0] == 0.5 and line["greedy_gain"][0] == 0
+    assert sum(band["tokens"] for band in line["bands"]) == 4
+
+
+def test_shared_examples_are_put_in_order():
+    one = {"example": torch.tensor([2, 2, 0, 1]), "x": torch.tensor([20, 21, 0, 10])}
+    other = {"example": torch.tensor([1, 2, 2]), "x": torch.tensor([11, 22, 23])}
+    a, b = tokens.shared(one, other)
+    assert a["x"].tolist() == [10, 20, 21] and b["x"].tolist() == [11, 22, 23]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a tiny base and questions; run(*options) calls the command there."""
+    folder, tokenizer = tmp_path_factory.mktemp("gsm8k"), tiny.make_tokenizer()
+    torch.manual_seed(0)
+    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    rows = [{"question": row["messages"][0]["content"], "answer": row["messages"][1]["content"]}
+            for row in tiny.questions(60, seed=0)]
+    (folder / "data.jsonl").write_text("\n".join({json.dumps(row): 0 for row in rows}))
+
+    def call(monkeypatch, *options):
+        root = str(gsm8k.ROOT)
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("PYTHONPATH", root)
+        monkeypatch.setattr(gsm8k, "TABLE", folder / "table.jsonl")
+        monkeypatch.setattr("sys.argv", ["gsm8k.py", *options])
+        gsm8k.main()
+    call.folder = folder
+    return call
+
+
+OPTIONS = ["--data", "data.jsonl", "--model", "base", "--updates", "1", "--rows", "6",
+           "--choose-rows", "4", "--long-rows", "3", "--steps", "3", "31"]
+
+
+def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
+    run(monkeypatch, *OPTIONS)
+    lines = [json.loads(line) for line in open("table.jsonl")]
+    names = [line["name"] for line in lines if line["rows"] == "test"]
+    assert names[:5] == ["T = 1, the base", "base after lora finetuning",
+                         "base after full finetuning", "T = 3", "T = 31"]
+    long = next(line for line in lines if line["name"] == "T = 31")
+    assert (long["examples"], long["evaluations"]) == (3, 31)
+    assert sum(name.startswith("one evaluation") for name in names) == 1
+    assert sum(line["rows"] == "choose" for line in lines) == len(list(gsm8k.sweep())) + 1
+    assert "base after lora finetuning" in capsys.readouterr().out
+    for name in ("train", "test", "choose"):
+        assert run.folder.joinpath("out/gsm8k", f"{name}.jsonl").exists()
+    test = set(open("out/gsm8k/test.jsonl")) | set(open("out/gsm8k/choose.jsonl"))
+    assert not test & set(open("out/gsm8k/train.jsonl"))
+
+
+def test_a_second_run_reads_and_a_part_is_continued(run, monkeypatch, capsys):
+    """Nothing is trained or measured twice; a file of some examples gets the others; one of other
+    weights is made again."""
+    kept = run.folder / "out/gsm8k/tokens/test-6-l2d-T-3.safetensors"
+    whole, time = gsm8k.load_tensors(kept), os.path.getmtime(kept)
+    whole_stamp = whole.pop("stamp")
+    run(monkeypatch, *OPTIONS)
+    assert os.path.getmtime(kept) == time and "python -m train" not in capsys.readouterr().out
+    first = whole["example"] == whole["example"][0]
+    part = {name: tensor[first] for name, tensor in whole.items()}
+    for stamp, broken in ((whole_stamp, 0.0), (whole_stamp + 1, 0.5)):
+        wrong = part | {"confidence": part["confidence"] + broken, "stamp": stamp}
+        gsm8k.save_tensors(wrong, kept)
+        run(monkeypatch, *OPTIONS, "--methods", "l2d", "--only-steps")
+        again = gsm8k.load_tensors(kept)
+        assert torch.equal(again.pop("stamp"), whole_stamp)
+        same, expected = tokens.shared(again, whole)
+        assert len(same["example"]) == len(whole["example"])
+        torch.testing.assert_close(same["confidence"], expected["confidence"], rtol=0.02, atol=0.01)
+    run(monkeypatch, "--table")
+    assert "T = 31" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--updates", "2"], "is of 1 updates, not 2"),
+    (["--data", "base/config.json"], "holds other rows than base/config.json")])
+def test_what_does_not_fit_is_refused(run, monkeypatch, options, words):
+    with pytest.raises(ValueError, match=words):
+        run(monkeypatch, *OPTIONS, *options)
