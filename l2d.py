@@ -1061,7 +1061,10 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only")
         hub |= {key: kwargs[key] for key in shared if key in kwargs}
-        config = config or L2DConfig.from_pretrained(name_or_path, **hub)
+        config = config or AutoConfig.from_pretrained(name_or_path, **hub)
+        if not isinstance(config, L2DConfig):
+            raise ValueError(f"{name_or_path} holds a model of type {config.model_type!r} and no "
+                             "trained path: train one on it with train.py --model")
         settings = [key for key in kwargs if key in config.to_dict() and key != "dtype"]
         config.update({key: kwargs.pop(key) for key in settings})
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))

@@ -12,13 +12,13 @@ token. Results go to results.jsonl in the model's folder, and are read from ther
 import argparse
 
 import torch
-import torch.nn.functional as F
 
 from experiments.evaluate import Bench
 from experiments.results import add_models, check_questions, model_folders
-from l2d import IGNORE, diffuse, initial_noise
+from experiments.tokens import USUAL, TinyTokens, on_noise, on_truth
+from l2d import diffuse
 from support.console import check_numbers, console
-from support.tiny import KINDS, SPECIAL, encode, questions
+from support.tiny import KINDS
 
 GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the base's probability of the right token
@@ -26,24 +26,11 @@ FIXED = (3, 5, 7, 9, 11, 15, 21, 31)
 ADAPTIVE = [(solver, velocity, tolerance) for solver in ("fehlberg2", "bosh3")
             for velocity in ("argmax", "expectation") for tolerance in (3e-2, 3e-3, 3e-4)]
 
-class Tokens:
-    """All answer tokens of n fresh questions: their context after the main path has run, the right
-    tokens [B, N], and of the M that are valid the right ones, kinds, and the base's certainty."""
+class Tokens(TinyTokens):
+    """All answer tokens of n fresh questions, and how sure the base was of each, [M]."""
 
     def __init__(self, bench, n, seed):
-        if not bench.is_l2d or not {*SPECIAL} <= bench.loaded[1].get_vocab().keys():
-            raise ValueError(f"{bench.folder} is no path on a tiny base: `python train.py` makes "
-                             "one")
-        self.model, tokenizer = bench.loaded
-        rows = questions(n, seed=f"test {seed}", test=True, kinds=KINDS[:3], shares=None)
-        ids, labels = encode(rows, tokenizer)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        keep = targets != IGNORE
-        seeds = torch.arange(n) + seed * 1_000_003
-        self.context = self.model.read(keep, ids, seeds=seeds)
-        self.targets = targets.gather(1, self.model.kept_columns(keep)).clamp(min=0)
-        self.right = targets[keep]
-        self.kinds = torch.tensor([KINDS.index(row["kind"]) for row in rows])[keep.nonzero()[:, 0]]
+        super().__init__(bench, n, seed)
         self.sure = self.probability(self.context.logits(self.context.hidden)).detach()
 
     def score(self, logits):
@@ -63,9 +50,8 @@ class Tokens:
         return share.gather(-1, self.right[:, None])[:, 0]
 
     def diffuse(self, observe=None, **settings):
-        usual = {"solver": "midpoint", "velocity": "argmax", "t_end": None, "guidance": 1.0}
-        self.model.config.update(usual | settings)
-        return diffuse(self.model.current_path(), self.context, observe=observe)
+        self.model.config.update(USUAL | settings)
+        return diffuse(self.path, self.context, observe=observe)
 
 def along(tokens, T):
     """What would be answered at every time of the trajectory: a list of scores with their t."""
@@ -78,12 +64,10 @@ def along(tokens, T):
 def shown(tokens):
     """One evaluation at every t of GRID, of the true x_t (what x_t knows) and of noise alone (what
     the path knows)."""
-    context, path, rows = tokens.context, tokens.model.current_path(), []
-    x_0 = initial_noise(tokens.model.config, context)
-    x_1 = path.vocabulary(context.embedding(tokens.targets))
+    rows = []
     for t in GRID:
-        noise = path.at_shared_time((1 - t) * x_0, t, context)
-        true = path.at_shared_time((1 - t) * x_0 + t * x_1, t, context)
+        noise, true = (way(tokens.path, tokens.context, tokens.targets, t)[0]
+                       for way in (on_noise, on_truth))
         rows.append({"t": t, "true": tokens.score(true), "noise": tokens.score(noise)})
     return rows
 

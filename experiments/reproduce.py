@@ -259,6 +259,12 @@ def write_tables(results, file):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
+CURVES = {"sampled": {"color": "tab:blue", "marker": "o"},
+          "greedy": {"color": "tab:orange", "marker": "s"}}
+TOKEN = {"sampled": "sampled token", "greedy": "most likely token"}
+LEVELS = ({"color": "0.0", "linestyle": "--"}, {"color": "0.0", "linestyle": ":"},
+          {"color": "0.45", "linestyle": "-."}, {"color": "0.65", "linestyle": (0, (6, 1))})
+
 def percent(axes, axis="y"):
     form = getattr(axes, f"{axis}axis")
     form.set_major_formatter(lambda value, _: f"{100 * value:g}%")
@@ -276,28 +282,56 @@ def finish(*all_axes):
 def average(models, key):
     return sum(model[key] for model in models) / len(models)
 
-def draw_accuracy(results, plt):
-    """Fig. 1: accuracy against T, beside what needs no iteration."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for kind, colour, marker in (("sampled", "tab:blue", "o"), ("greedy", "tab:orange", "s")):
+def draw_tiny(results, axes):
+    """Whole answers of the tiny models right, means over three seeds."""
+    for kind, style in CURVES.items():
         groups = [[line["accuracy"] for line in results.seeds("-l2d", f"{named(T)}, {kind}")]
                   for T in STEPS]
-        errorbar(axes, STEPS, groups, color=colour, marker=marker, markersize=4,
-                 label=f"L2D, last token {kind}")
+        errorbar(axes, STEPS, groups, markersize=4, label=f"L2D, last token {kind}", **style)
     noise = "one evaluation on noise, greedy"
-    lines = (("base, greedy", "-l2d", "base, greedy", "--"), (noise, "-l2d", noise, ":"),
-             ("base after LoRA finetuning, sampled", "-lora", "{m}, sampled", "-."),
-             ("base after full finetuning, sampled", "-full", "{m}, sampled", (0, (6, 1))))
-    for grey, (label, suffix, name, style) in zip((0.0, 0.0, 0.45, 0.65), lines):
+    lines = (("base, greedy", "-l2d", "base, greedy"), (noise, "-l2d", noise),
+             ("base after LoRA finetuning, sampled", "-lora", "{m}, sampled"),
+             ("base after full finetuning, sampled", "-full", "{m}, sampled"))
+    for style, (label, suffix, name) in zip(LEVELS, lines):
         height, _ = student([line["accuracy"] for line in results.seeds(suffix, name)])
-        axes.axhline(height, color=str(grey), linestyle=style, linewidth=1.2, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(STEPS, STEPS)
-    axes.set(xlabel="T, evaluations per token (1: the base)", ylabel="right answers",
-             ylim=(0.3, 1.0), title="Tiny default: mean of three seeds, Student's 95% interval")
-    percent(axes)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+        axes.axhline(height, linewidth=1.2, label=label, **style)
+    axes.set(title="Tiny default: mean of three seeds, Student's 95% interval",
+             ylabel="whole answers right", ylim=(0.3, 1.0))
+
+def draw_real(lines, axes):
+    """Answer tokens of a real LM right (gsm8k.py). Every point is the base's share on all rows plus
+    the gain over the base on the rows of that point, with the gain's interval."""
+    known = {line["name"]: line for line in lines if line["rows"] == "test"}
+    base = known["T = 1, the base"]
+    fixed = [T for T in STEPS if T == 1 or f"T = {T}" in known]
+    points = [base if T == 1 else known[f"T = {T}"] for T in fixed]
+    for kind, style in CURVES.items():
+        gains, halves = zip(*[point[f"{kind}_gain"] for point in points])
+        axes.errorbar(fixed, [base[kind][0] + gain for gain in gains], halves, capsize=3,
+                      markersize=4, label=f"L2D, {TOKEN[kind]}", **style)
+    noise = next(name for name in known if name.startswith("one evaluation on noise"))
+    levels = [("base, most likely token", "T = 1, the base", "greedy"),
+              ("one evaluation on noise, most likely token", noise, "greedy")]
+    levels += [(f"base after {title} finetuning, sampled", f"base after {method} finetuning",
+                "sampled") for title, method in (("LoRA", "lora"), ("full", "full"))]
+    for style, (label, name, kind) in zip(LEVELS, levels):
+        if name in known:
+            axes.axhline(known[name][kind][0], linewidth=1.2, label=label, **style)
+    axes.set(title=f"SmolLM2-135M, GSM8K: {base['examples']} examples, {base['tokens']:,} tokens",
+             ylabel="answer tokens right, after the right ones before")
+
+def draw_accuracy(results, plt):
+    """Fig. 1: accuracy against T, beside what needs no iteration."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    draw_tiny(results, left)
+    draw_real(read_log(FIGURES / "gsm8k.jsonl", "rows"), right)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(STEPS, STEPS)
+        axes.set_xlabel("T, evaluations per token (1: the base)")
+        percent(axes)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right", fontsize=8)
     return figure
 
 def draw_process(results, plt):

@@ -22,7 +22,7 @@ from experiments.results import add_models, model_folders
 from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, intervals, solve_fixed,
                  velocity)
 from support.console import check_numbers, console
-from support.tiny import KINDS, encode, questions
+from support.tiny import KINDS, SPECIAL, encode, questions
 
 TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the answer
 BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
@@ -157,23 +157,30 @@ SWEEP += [(f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "shar
 PLAN = [(f"T = {T}", usual, {"steps": T}) for T in (1, 3, 7, 15)]
 
 class TinyTokens:
-    """The answer tokens of n fresh questions to a tiny model, after its main path has run."""
+    """The answer tokens of n fresh questions to a tiny model, after its main path has run: their
+    context, the right tokens [B, N], and of the M that are valid their examples and kinds."""
 
-    def __init__(self, model, tokenizer, n, seed):
-        rows = questions(n, seed=f"tokens {seed}", test=True, kinds=KINDS[:3], shares=None)
+    def __init__(self, bench, n, seed):
+        if not bench.is_l2d or not {*SPECIAL} <= bench.loaded[1].get_vocab().keys():
+            raise ValueError(f"{bench.folder} is no path on a tiny base: `python train.py` makes "
+                             "one")
+        model, tokenizer = bench.loaded
+        rows = questions(n, seed=f"test {seed}", test=True, kinds=KINDS[:3], shares=None)
         ids, labels = encode(rows, tokenizer)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
         keep = targets != IGNORE
-        self.path = model.current_path()
+        self.model, self.path = model, model.current_path()
         self.context = model.read(keep, ids, seeds=torch.arange(n) + seed * 1_000_003)
         self.targets = targets.gather(1, model.kept_columns(keep)).clamp(min=0)
         self.example = self.context.seeds[self.context.valid]
+        self.right = self.targets[self.context.valid]
+        self.kinds = torch.tensor([KINDS.index(row["kind"]) for row in rows])[keep.nonzero()[:, 0]]
 
     @torch.no_grad()
     def scores(self, way, settings):
         valid = self.context.valid
         logits, used = way(self.path, self.context, self.targets, **settings)
-        found = score(logits[valid], used[valid], self.targets[valid])
+        found = score(logits[valid], used[valid], self.right)
         return found | {"example": self.example}
 
 def report(lines):
@@ -188,9 +195,7 @@ def report(lines):
               f"{line['fixed']:7}{line['broken']:7}{line['evaluations']:13.1f}{line['tokens']:8}")
 
 def measure(bench, n, seed):
-    if not bench.is_l2d:
-        raise ValueError(f"{bench.folder} is no trained path: name one with --out")
-    tokens, base, lines = TinyTokens(*bench.loaded, n, seed), None, []
+    tokens, base, lines = TinyTokens(bench, n, seed), None, []
     for name, way, settings in PLAN + SWEEP:
         scores = tokens.scores(way, settings)
         base = base or scores

@@ -3,6 +3,7 @@
 import json
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def data():
     model = L2D(L2DConfig(dim=16, cond_dim=16, sigma=3.0), base)
     for p in model.path.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    return tokens.TinyTokens(model.eval(), tokenizer, 9, seed=1)
+    bench = SimpleNamespace(is_l2d=True, loaded=(model.eval(), tokenizer))
+    return tokens.TinyTokens(bench, 9, seed=1)
 
 
 def answer(data, way, **settings):
