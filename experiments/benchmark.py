@@ -22,7 +22,8 @@ weight and token for the main path; on the answer tokens alone 4 per weight of p
 
 --ahead times `generate_ahead` instead, on the questions of the tiny base or of --data, for every
 --drafts K and every T of --steps: milliseconds, diffusions and the base's passes a token, the share
-of the base's drafts that L2D kept, and how many answers are those of K = 1, token by token. With
+of the base's drafts that L2D kept, and how many answers are those of K = 1, token by token. Before
+that, what a matrix product of several rows costs over one row. With
 --shape the weights are random. Then base and path agree by chance, and the share of drafts kept
 means nothing; only the cost of a round does.
 """
@@ -427,6 +428,22 @@ class Benchmark:
         ends = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id)
         return model, [ids.to(args.device) for ids in prompts], ends.view(-1).tolist()
 
+    def products(self, model):
+        """The time of a product of M rows with a layer of the path and with the head, over that of
+        one row: it decides from which K on thinking ahead pays."""
+        layers = {"MLP": model.base.model.layers[0].mlp.up_proj, "head": model.base.lm_head}
+        for name, layer in layers.items():
+            rows = {M: torch.randn(1, M, layer.in_features, device=self.args.device,
+                                   dtype=self.args.dtype) for M in (1, 2, 3, 4, 8, 16)}
+
+            def multiply(x, layer=layer):
+                for _ in range(20):
+                    layer(x)
+            times = seconds({M: lambda x=x: multiply(x) for M, x in rows.items()}, 9)
+            medians = {M: statistics.median(found) for M, found in times.items()}
+            self.report(f"product of M rows with the {name}, over one row",
+                        **{f"M = {M}": medians[M] / medians[1] for M in rows if M > 1})
+
     def ahead(self):
         args = self.args
         model, prompts, ends = self.ahead_model()
@@ -434,6 +451,7 @@ class Benchmark:
             torch.set_num_threads(1)                     # more would only wait for each other
         model.merge_lora()
         self.describe(args.out or f"{args.shape} (random)")
+        self.products(model)
         passes = []
         model.base.model.register_forward_pre_hook(lambda module, inputs: passes.append(1))
 
