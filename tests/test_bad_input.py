@@ -393,6 +393,8 @@ SCRIPTS = {                                              # name: (what is spoilt
     "inside of no tiny base": (other_roles, PROCESS, 1, ["path", "no path on a tiny base"]),
     "hops of seed -1": (nothing, ["experiments.hops", "--seeds", "-1"], 2, ["--seeds -1", "4194303"]),
     "hops without workers": (nothing, ["experiments.hops", "--workers", "0"], 2, ["--workers 0", "above 0"]),
+    "hops without updates": (nothing, ["experiments.hops", "--updates", "0"], 2, ["--updates 0", "above 0"]),
+    "hops by no method": (nothing, ["experiments.hops", "--methods", "papers"], 2, ["papers", "paper", "unrolled"]),
     "reproduce without workers": (nothing, ["experiments.reproduce", "--workers", "0"], 2, ["--workers 0", "above 0"]),
     "a tiny base in a folder of something else": (lambda: shutil.copytree("run", "out/tiny-base", ignore=shutil.ignore_patterns("model*")),
                                                   ["train.py", "--device", "cpu"], 1, ["out/tiny-base", "no model", "delete"]),

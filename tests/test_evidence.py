@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from experiments import hops, process, reproduce
 from experiments.evaluate import Bench, ask, lines_of
 from experiments.finetune import Adapted, Finetuned
 from experiments.results import interval, student
-from l2d import L2D, L2DConfig
+from l2d import L2D, L2DConfig, diffuse
 from support import tiny
 
 torch.set_num_threads(1)
@@ -180,18 +182,132 @@ def test_inside_the_process(folder):
 
 
 def test_hops_are_what_the_links_say():
-    silent, aloud = (hops.questions(40, "a seed", (1, 2, 3), aloud=told)
-                     for told in (False, True))
-    for row, told in zip(silent, aloud):
-        prompt, end = (m["content"] for m in row["messages"])
-        links, (count, place) = dict(zip(prompt[:-3:2], prompt[1:-3:2])), prompt[-2:]
-        way = []
-        for _ in range(int(count)):
-            place = links[place]
-            way.append(place)
-        assert end == way[-1] and told["messages"][1]["content"] == "".join(way)
-        assert row["kind"].startswith(count)
-        assert sorted(links) == sorted(links.values()) and len(links) == hops.LINKS
+    """Every walk follows the links and stays at its digit, which `links` links lead to."""
+    rng = random.Random(0)
+    for links, length in ((1, 1), (2, 3), (6, 6)):
+        table, walks = hops.question(rng, [links], length)
+        where = dict(zip(table[::2].lower(), table[1::2]))
+        assert len(where) == len(set(where.values())) == hops.CHAINS * length
+        for walk in walks:
+            for here, there in zip(walk, walk[1:]):
+                assert there == where.get(here, here)
+            assert [place.isdigit() for place in walk].index(True) == links
+    vocabulary = hops.make_tokenizer().get_vocab()
+    prompts, ways = hops.questions(5, "a seed", [2], vocabulary, length=3)
+    assert prompts.shape == (5, 2 * hops.CHAINS * 3 + 1) and ways.shape == (5, hops.LONGEST)
+    assert (ways[:, 1:] == ways[:, -1:]).all() and (ways[:, 0] != ways[:, -1]).all()
+    ids, labels = hops.base_batch(rng, 2, vocabulary)
+    learnt = labels != -100
+    assert (labels == ids)[learnt].all()
+    assert learnt[0].tolist() == 12 * [False] + 3 * [False, True, True]
+
+
+def test_hops_refuse_a_base_that_has_not_learnt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="seed 3 has not learnt"):
+        hops.prepare(3, max_updates=2)
+    assert not hops.base_folder(3).exists()
+
+
+def hops_model(method):
+    """A model whose path has been moved away from the base, and contexts of four questions."""
+    torch.manual_seed(0)
+    base = hops.new_base(hops.make_tokenizer())
+    model = hops.new_model(method, base)
+    for p in model.path.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    prompts, ways = hops.questions(4, 0, [3], hops.make_tokenizer().get_vocab())
+    return model, hops.read(model, prompts, torch.arange(4)), ways
+
+
+def test_hops_unroll_the_path_as_sampling_does():
+    """The same logits as in `diffuse`, at x_t = (1 − t)·x_0 + t·(the mean of the proposals)."""
+    model, context, ways = hops_model("unrolled")
+    path, states, logits = model.path, [], []
+    diffuse(path, context, 4, observe=lambda x, t, seen: (states.append(x), logits.append(seen)))
+    found = hops.unroll(path, context, 3)
+    torch.testing.assert_close(found, torch.cat(logits[1:], dim=1))
+    table = path.table(context.embedding)
+    proposals = torch.stack([table[seen.argmax(-1)] for seen in logits])
+    for i in range(4):
+        mean = proposals[:i].sum(0) / max(1, i)
+        torch.testing.assert_close(states[i], (1 - i / 3) * states[0] + i / 3 * mean)
+    assert hops.links_to_say(ways, 3, late=False).tolist() == ways[:, [1, 2, 2]].tolist()
+    assert hops.links_to_say(ways, 1, late=False).tolist() == ways[:, [1]].tolist()
+    assert hops.links_to_say(ways, 1, late=True).tolist() == ways[:, [5]].tolist()
+    losses = [-seen[:, 0].log_softmax(-1).gather(-1, ways[:, [place]])
+              for seen, place in zip(logits[1:], (1, 2, 3))]
+    loss = hops.unrolled_loss(path, context, ways, 3, late=False)
+    torch.testing.assert_close(loss, torch.cat(losses).mean())
+    loss.backward()
+    assert path.vocabulary.proj.weight.grad.abs().max() > 0
+
+
+def test_hops_on_noise_differ_in_what_the_path_sees_alone():
+    """At the same times; x_t does not depend on the proposals, and at t = 1 it is 0."""
+    model, context, ways = hops_model("noise")
+    path, seen = model.path, []
+    path.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[:2]))
+    hops.unroll(path, context, 3)
+    hops.unroll(path, context, 3, carry=False)
+    carried, fresh = seen[:3], seen[3:]
+    assert all(torch.equal(t, s) for (_, t), (_, s) in zip(carried, fresh))
+    assert not any(torch.equal(x, y) for (x, _), (y, _) in zip(carried, fresh))
+    torch.nn.init.normal_(path.vocabulary.proj.weight)   # other proposals
+    hops.unroll(path, context, 3, carry=False)
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(fresh, seen[6:]))
+    assert (fresh[2][0] == 0).all() and (fresh[0][0] != 0).all()
+
+
+def test_hops_paths_have_equal_parameters():
+    count = {method: sum(p.numel() for p in hops_model(method)[0].path.parameters())
+             for method in hops.LOSSES}
+    deep = count.pop("deep")
+    assert len(set(count.values())) == 1 and abs(deep / count["paper"] - 1) < 0.01
+    model, context, ways = hops_model("deep")
+    assert len(model.path.blocks) == len(context.keys) == 2 * hops.BASE["num_hidden_layers"]
+    assert hops.deep_loss(model.path, context, ways, 1, False).isfinite()
+
+
+def test_hops_from_training_to_the_table(tmp_path, monkeypatch, capsys):
+    """On untaught bases. A run that is stopped goes on to the same weights, and results are read
+    again."""
+    def untaught(seed):
+        if not hops.base_folder(seed).exists():
+            tokenizer = hops.make_tokenizer()
+            tiny.save(hops.base_folder(seed), hops.new_base(tokenizer), tokenizer)
+
+    def stop(step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        return update_loss(step, *args)
+    update_loss = hops.update_loss
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name, value in dict(prepare=untaught, STEPS=(2, 7), TIMES=(0.5,), BATCH=4,
+                            SAVE_EVERY=2).items():
+        monkeypatch.setattr(hops, name, value)
+    monkeypatch.setattr(sys, "argv", ["hops.py", "--seeds", "0", "1", "--updates", "4",
+                                      "--questions", "6", "--workers", "1"])
+    hops.main()
+    table = capsys.readouterr().out
+    assert table.count("one on noise") == 10 and table.count(", T = 7  ") == 4
+    folder = tmp_path / "out/hops-unrolled-0-4"
+    assert "lora_A" in str(L2D.from_pretrained(folder).path.state_dict().keys())
+    first = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    monkeypatch.setattr(hops, "update_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        hops.train("unrolled", 0, 4)
+    monkeypatch.setattr(hops, "update_loss", update_loss)
+    hops.main()
+    again = capsys.readouterr().out
+    assert "hops-unrolled-0-4: 2 updates" in again and again.endswith(table[table.index("% right"):])
+    assert (folder / "model.safetensors").read_bytes() == first
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr(hops, "load", None)              # from here on nothing can be measured
+    hops.main()
+    assert capsys.readouterr().out.strip() == table[table.index("% right"):].strip()
 
 
 def test_intervals():
