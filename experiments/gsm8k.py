@@ -47,7 +47,7 @@ RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 
           "--dtype bfloat16 --validation 32 --eval-every 100 --save-every 20 --seed 0")
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
-STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on, --long-rows
+STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
 TRUE_TIMES = (0.5, 0.9)
@@ -159,7 +159,7 @@ class Bench:
             folder = Path(self.args.out) / method if method != "base" else self.args.model
             self.models = {method: Model(folder)}
         n, key = self.rows[rows], (method, rows, name)
-        if settings.get("steps", 0) >= LONG:
+        if settings.get("steps", 0) >= LONG or "atol" in settings:
             n = min(n, self.args.long_rows)
         if key not in self.known:
             examples = self.models[method].examples(Path(self.args.out) / f"{rows}.jsonl", n)
@@ -281,7 +281,8 @@ def parse_args():
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
     add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")
     add("--steps", type=int, nargs="+", default=list(STEPS), help="T (default: %(default)s)")
-    add("--long-rows", type=int, default=175, help=f"for T of {LONG} or more (default: %(default)s)")
+    add("--long-rows", type=int, default=175,
+        help=f"for T of {LONG} or more, and adaptive solvers (default: %(default)s)")
     add("--only-steps", action="store_true", help="measure nothing of the path but --steps")
     add("--table", action="store_true", help="print the table of experiments/figures, no more")
     args = parser.parse_args()
