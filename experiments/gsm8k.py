@@ -286,7 +286,8 @@ def parse_args():
     add("--only-steps", action="store_true", help="measure nothing of the path but --steps")
     add("--table", action="store_true", help="print the table of experiments/figures, no more")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=("updates", "rows", "long_rows", "choose_rows", "steps"))
+    check_numbers(parser, vars(args), above_0=("updates", "rows", "long_rows", "choose_rows",
+                                                 "steps"))
     if not args.table and not args.data:
         parser.error("--data is missing: GSM8K's train.jsonl, or --table for what was measured")
     return args
