@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from experiments.results import read_log
-from experiments.tokens import (fresh_noise, from_later, on_noise, on_truth, report, score, shared,
-                                summary, told_noisier, usual)
+from experiments.tokens import (fresh_noise, from_later, gains, on_noise, on_truth, report, score,
+                                shared, summary, told_noisier, usual)
 from l2d import IGNORE, L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load, load_base, load_model, load_tensors,
@@ -48,10 +48,11 @@ RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
 STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
+COMPARE = 15                                             # also against this T, on the same tokens
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
 TRUE_TIMES = (0.5, 0.9)
-ADAPTIVE = (("fehlberg2", 3e-2), ("bosh3", 3e-2))
+ADAPTIVE = (("fehlberg2", 3e-2),)
 
 # ---- Data and training ---------------------------------------------------------------------------
 
@@ -231,9 +232,12 @@ def measure(args):
     """All lines {"rows", "name", ..}, in the order of the table."""
     bench, lines = Bench(args), []
     for name, way, settings, method in list(plan(bench, args)):
-        scores, was = shared(bench.measure(name, way, settings, method), bench.base())
-        lines.append({"rows": "test", "name": name, "seed": 0, "updates": args.updates}
-                     | summary(scores, was))
+        scores = bench.measure(name, way, settings, method)
+        line = {"rows": "test", "name": name, "seed": 0, "updates": args.updates}
+        line |= summary(*shared(scores, bench.base()))
+        if method == "l2d" and COMPARE in args.steps:
+            line["over"] = gains(scores, bench.measure(*way_steps(COMPARE)))
+        lines.append(line)
     if "l2d" in args.methods and not args.only_steps:
         lines += [{"rows": "choose", "name": name, "seed": 0, "updates": args.updates} | line
                   for name, line in choices(bench)[0]]
@@ -263,6 +267,12 @@ def print_tables(lines):
     for name, line in parts["test"]:
         cells = (f"{one['sampled'][0]:.1%} / {one['loss'][0]:.2f}" for one in line["sharpened"])
         print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
+    print(f"\nover T = {COMPARE}, on the same tokens: most likely, sampled")
+    for name, line in parts["test"]:
+        if "over" in line:
+            (greedy, a), (sampled, b) = line["over"]["greedy"], line["over"]["sampled"]
+            print(f"{name:36}{100 * greedy:+8.1f} ±{100 * a:4.1f}{100 * sampled:+8.1f} "
+                  f"±{100 * b:4.1f}")
     if parts["choose"]:
         print("\non the rows for choices")
         report(parts["choose"])

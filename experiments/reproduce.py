@@ -299,16 +299,23 @@ def draw_tiny(results, axes):
              ylabel="whole answers right", ylim=(0.3, 1.0))
 
 def draw_real(lines, axes):
-    """Answer tokens of a real LM right (gsm8k.py). Every point is the base's share on all rows plus
-    the gain over the base on the rows of that point, with the gain's interval."""
+    """Answer tokens of a real LM right (gsm8k.py). Bars are intervals of the gain over T = 1. What
+    was measured on fewer rows is put where it stands to T = 15 on these."""
     known = {line["name"]: line for line in lines if line["rows"] == "test"}
     base = known["T = 1, the base"]
     fixed = [T for T in STEPS if T == 1 or f"T = {T}" in known]
     points = [base if T == 1 else known[f"T = {T}"] for T in fixed]
     for kind, style in CURVES.items():
-        gains, halves = zip(*[point[f"{kind}_gain"] for point in points])
-        axes.errorbar(fixed, [base[kind][0] + gain for gain in gains], halves, capsize=3,
-                      markersize=4, label=f"L2D, {TOKEN[kind]}", **style)
+        heights, halves = [], []
+        for point in points:
+            height, half = point[kind][0], point[f"{kind}_gain"][1]
+            if point["tokens"] < base["tokens"]:
+                over, half = point["over"][kind]
+                height = known["T = 15"][kind][0] + over
+            heights.append(height)
+            halves.append(half)
+        axes.errorbar(fixed, heights, halves, capsize=3, markersize=4, label=f"L2D, {TOKEN[kind]}",
+                      **style)
     noise = next(name for name in known if name.startswith("one evaluation on noise"))
     levels = [("base, most likely token", "T = 1, the base", "greedy"),
               ("one evaluation on noise, most likely token", noise, "greedy")]

@@ -134,6 +134,13 @@ def summary(scores, base):
                 "base_sampled": base_p[chosen].mean().item()})
     return line
 
+def gains(scores, other):
+    """What one way has over another on the same tokens: {"greedy", "sampled"}, as `mean` has it."""
+    a, b = shared(scores, other)
+    p, q = a["logp"][:, 0].exp(), b["logp"][:, 0].exp()
+    return {"greedy": mean(a["hit"].float() - b["hit"].float(), a["example"]),
+            "sampled": mean(p - q, a["example"])}
+
 def shared(scores, other):
     """Both scores, of the examples that both have, in the same order."""
     def ordered(one, examples):

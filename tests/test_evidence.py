@@ -344,3 +344,23 @@ def test_tables_are_those_of_the_results(tmp_path):
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == written
     with pytest.raises(ValueError, match="no result 'T = 2'"):
         results.get("tiny-base-l2d", "T = 2")
+
+
+def test_the_accuracy_figure_shows_both_models():
+    """Drawn from the results that are kept here: all of T for the tiny model, and what was measured
+    of the real one, each point at its height."""
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    results = reproduce.Results(reproduce.FIGURES / "results.jsonl")
+    tiny_axes, real_axes = reproduce.draw_accuracy(results, plt).axes
+    lines = [json.loads(line) for line in open(reproduce.FIGURES / "gsm8k.jsonl")]
+    known = {line["name"]: line for line in lines if line["rows"] == "test"}
+    drawn = real_axes.containers[0].lines[0]
+    heights = dict(zip(*drawn.get_data()))
+    assert heights[1] == known["T = 1, the base"]["sampled"][0]
+    assert heights[15] == known["T = 15"]["sampled"][0]
+    if "T = 127" in known:                               # of fewer tokens: its gain over T = 15
+        over = known["T = 127"]["over"]["sampled"][0]
+        assert heights[127] == pytest.approx(heights[15] + over)
+    assert list(tiny_axes.containers[0].lines[0].get_xdata()) == list(reproduce.STEPS)

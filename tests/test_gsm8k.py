@@ -90,6 +90,8 @@ def test_summary_counts_what_changed():
     assert (line["fixed"], line["broken"], line["tokens"], line["examples"]) == (1, 1, 4, 2)
     assert line["greedy"][0] == 0.5 and line["greedy_gain"][0] == 0
     assert sum(band["tokens"] for band in line["bands"]) == 4
+    over = tokens.gains({name: x[2:] for name, x in moved.items()}, base)      # of one example
+    assert (over["greedy"][0], over["sampled"][0]) == pytest.approx((0.5, 0.4135), abs=1e-3)
 
 
 def test_shared_examples_are_put_in_order():
@@ -123,7 +125,7 @@ def run(tmp_path_factory):
 
 
 OPTIONS = ["--data", "data.jsonl", "--model", "base", "--updates", "1", "--rows", "6",
-           "--choose-rows", "4", "--long-rows", "3", "--steps", "3", "31"]
+           "--choose-rows", "4", "--long-rows", "3", "--steps", "15", "31"]
 
 
 def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
@@ -131,9 +133,10 @@ def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
     lines = [json.loads(line) for line in open("table.jsonl")]
     names = [line["name"] for line in lines if line["rows"] == "test"]
     assert names[:5] == ["T = 1, the base", "base after lora finetuning",
-                         "base after full finetuning", "T = 3", "T = 31"]
+                         "base after full finetuning", "T = 15", "T = 31"]
     long = next(line for line in lines if line["name"] == "T = 31")
     assert (long["examples"], long["evaluations"]) == (3, 31)
+    assert set(long["over"]) == {"greedy", "sampled"}
     assert sum(name.startswith("one evaluation") for name in names) == 1
     assert sum(line["rows"] == "choose" for line in lines) == len(list(gsm8k.sweep())) + 1
     assert "base after lora finetuning" in capsys.readouterr().out
@@ -146,7 +149,7 @@ def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
 def test_a_second_run_reads_and_a_part_is_continued(run, monkeypatch, capsys):
     """Nothing is trained or measured twice; a file of some examples gets the others; one of other
     weights is made again."""
-    kept = run.folder / "out/gsm8k/tokens/test-6-l2d-T-3.safetensors"
+    kept = run.folder / "out/gsm8k/tokens/test-6-l2d-T-15.safetensors"
     whole, time = gsm8k.load_tensors(kept), os.path.getmtime(kept)
     whole_stamp = whole.pop("stamp")
     run(monkeypatch, *OPTIONS)
