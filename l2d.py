@@ -995,7 +995,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Generate after input_ids [1, S], several tokens' diffusions at once. The LM drafts up to
         ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the draft
         is kept as far as L2D agrees. The tokens are those of ahead=1, one diffusion per token: a
-        kept position has seen the right tokens, and its noise depends on its address alone.
+        kept position has seen the right tokens, and its noise depends on its address alone. (In
+        bfloat16, one row and several are rounded differently, which can turn a near-tie.)
         Yields, for every diffusion, the tokens that it gave and their evaluations: two lists. It
         takes one row, because rows would advance at different speeds. ValueError: several rows."""
         if len(input_ids) != 1 or ahead < 1:
