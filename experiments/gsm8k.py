@@ -32,9 +32,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from experiments.results import read_log
-from experiments.tokens import (fresh_noise, from_later, gains, on_noise, on_truth, report, score,
-                                shared, summary, told_noisier, usual)
-from l2d import IGNORE, L2D, L2DConfig
+from experiments.tokens import (answer, gains, on_truth, read, report, shared, summary, sweep,
+                                usual, way_from, way_noise, way_steps)
+from l2d import L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load, load_base, load_model, load_tensors,
                              load_tokenizer, save_tensors, write_whole)
@@ -128,22 +128,11 @@ class Model:
         options, pad = SimpleNamespace(micro_batch_size=batch), self.tokenizer.pad_token_id
         for i in tqdm(range(0, len(left), batch), desc=name, disable=not left):
             inputs = next(micro_batches(left[i:i + batch], options, pad, self.l2d))
-            new = self.batch_scores(inputs, way, settings)
+            context, targets = read(self.l2d, **inputs)
+            new = answer(self.l2d.current_path(), context, targets, way, settings)
             found = {key: torch.cat([found[key], new[key]]) if found else new[key] for key in new}
             save_tensors(found | {"stamp": stamp}, file)
         return found
-
-    def batch_scores(self, inputs, way, settings):
-        labels = inputs["labels"]
-        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        keep = targets != IGNORE
-        context = self.l2d.read(keep, inputs["input_ids"], inputs["attention_mask"],
-                                seeds=inputs["seeds"])
-        targets = targets.gather(1, self.l2d.kept_columns(keep)).clamp(min=0)
-        logits, used = way(self.l2d.current_path(), context, targets, **settings)
-        valid = context.valid
-        return (score(logits[valid], used[valid], targets[valid])
-                | {"example": context.seeds[valid]})
 
 class Bench:
     """What is measured of the models in args.out, on the rows "test" or "choose"."""
@@ -156,13 +145,13 @@ class Bench:
 
     def measure(self, name, way, settings, method="l2d", rows="test"):
         """The scores of one way to answer."""
-        if method not in self.models:                    # one at a time in memory
-            folder = Path(self.args.out) / method if method != "base" else self.args.model
-            self.models = {method: Model(folder)}
         n, key = self.rows[rows], (method, rows, name)
         if settings.get("steps", 0) >= LONG or "atol" in settings:
             n = min(n, self.args.long_rows)
         if key not in self.known:
+            if method not in self.models:                # one at a time in memory
+                folder = Path(self.args.out) / method if method != "base" else self.args.model
+                self.models = {method: Model(folder)}
             examples = self.models[method].examples(Path(self.args.out) / f"{rows}.jsonl", n)
             plain = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{rows} {n} {method} {name}")
             self.known[key] = self.models[method].scores(
@@ -172,32 +161,11 @@ class Bench:
     def base(self, rows="test"):
         return self.measure(*way_steps(1), method="base", rows=rows)
 
-def way_from(start, T):
-    return (f"T = {T} from t = {start}", from_later,
-            {"start": start, "steps": T, "solver": "euler" if T == 2 else "midpoint"})
-
-def way_noise(t):
-    return f"one evaluation on noise, t = {t}", on_noise, {"t": t}
-
-def way_steps(T):
-    return "T = 1, the base" if T == 1 else f"T = {T}", usual, {"steps": T}
-
-def sweep():
-    """Ways that only change the sampling, tried on the rows for choices."""
-    yield from [way_noise(t) for t in TIMES] + [way_from(*pair) for pair in STARTS]
-    yield way_steps(7)
-    for t in (0.3, 0.6, 0.9):
-        yield f"T = 7, end at t = {t}", usual, {"steps": 7, "t_end": t}
-    for T in (3, 7):
-        yield f"T = {T}, fresh noise", fresh_noise, {"steps": T}
-    for share in (0.1, 0.3):
-        yield f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share}
-
 def choices(bench):
     """([(name, line)] of the sweep, ways chosen by it): the best time for one evaluation on noise
     and the best start for each T, by the share of tokens whose right one is the most likely."""
     base, lines = bench.base("choose"), []
-    for name, way, settings in sweep():
+    for name, way, settings in sweep(TIMES, STARTS):
         scores = bench.measure(name, way, settings, rows="choose")
         lines.append((name, summary(*shared(scores, base))))
     found = dict(lines)

@@ -81,6 +81,47 @@ def told_noisier(path, context, targets, share, steps):
     x = solve_fixed(dxdt, x, first, 1.0, intervals("midpoint", steps), TABLEAUS["midpoint"])
     return evaluate(x, 1.0), torch.full_like(targets, steps)
 
+# ---- What to try: (name, way, settings) ----------------------------------------------------------
+
+def way_steps(T):
+    return "T = 1, the base" if T == 1 else f"T = {T}", usual, {"steps": T}
+
+def way_noise(t):
+    return f"one evaluation on noise, t = {t}", on_noise, {"t": t}
+
+def way_from(start, T):
+    return (f"T = {T} from t = {start}", from_later,
+            {"start": start, "steps": T, "solver": "euler" if T == 2 else "midpoint"})
+
+def sweep(times, starts):
+    """Ways that only change the sampling, and T = 7, with which the last ones are compared. times
+    are those of one evaluation on noise; starts: pairs of a start and a T."""
+    yield from [way_noise(t) for t in times] + [way_from(*pair) for pair in starts]
+    yield way_steps(7)
+    for t in (0.3, 0.6, 0.9):
+        yield f"T = 7, end at t = {t}", usual, {"steps": 7, "t_end": t}
+    for T in (3, 7):
+        yield f"T = {T}, fresh noise", fresh_noise, {"steps": T}
+    for share in (0.1, 0.3):
+        yield f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share}
+
+# ---- Answering -----------------------------------------------------------------------------------
+
+def read(model, input_ids, labels, attention_mask=None, seeds=None):
+    """(context, right tokens [B, N]) of the labelled positions; the seeds tell examples apart."""
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    keep = targets != IGNORE
+    context = model.read(keep, input_ids, attention_mask, seeds=seeds)
+    return context, targets.gather(1, model.kept_columns(keep)).clamp(min=0)
+
+@torch.no_grad()
+def answer(path, context, targets, way, settings):
+    """The scores of one way on the valid tokens, with the example of each."""
+    valid = context.valid
+    logits, used = way(path, context, targets, **settings)
+    return (score(logits[valid], used[valid], targets[valid])
+            | {"example": context.seeds[valid]})
+
 # ---- Scores --------------------------------------------------------------------------------------
 
 def score(logits, used, targets):
@@ -153,19 +194,12 @@ def shared(scores, other):
 
 # ---- On the tiny model ---------------------------------------------------------------------------
 
-SWEEP = [(f"one evaluation on noise, t = {t}", on_noise, {"t": t}) for t in (0.1, 0.2, 0.3)]
-SWEEP += [(f"T = {T} from t = {t}", from_later,
-           {"start": t, "steps": T, "solver": "euler" if T == 2 else "midpoint"})
-          for T in (2, 3, 5) for t in (0.05, 0.1, 0.2, 0.35)]
-SWEEP += [(f"T = 7, end at t = {t}", usual, {"steps": 7, "t_end": t}) for t in (0.3, 0.6, 0.9)]
-SWEEP += [(f"T = {T}, fresh noise", fresh_noise, {"steps": T}) for T in (3, 7)]
-SWEEP += [(f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share})
-          for share in (0.1, 0.3)]
-PLAN = [(f"T = {T}", usual, {"steps": T}) for T in (1, 3, 7, 15)]
+TIMES = (0.1, 0.2, 0.3)
+STARTS = [(start, T) for T in (2, 3, 5) for start in (0.05, 0.1, 0.2, 0.35)]
 
 class TinyTokens:
     """The answer tokens of n fresh questions to a tiny model, after its main path has run: their
-    context, the right tokens [B, N], and of the M that are valid their examples and kinds."""
+    context, the right tokens [B, N], and of the M that are valid the right ones and kinds."""
 
     def __init__(self, bench, n, seed):
         if not bench.is_l2d or not {*SPECIAL} <= bench.loaded[1].get_vocab().keys():
@@ -174,21 +208,12 @@ class TinyTokens:
         model, tokenizer = bench.loaded
         rows = questions(n, seed=f"test {seed}", test=True, kinds=KINDS[:3], shares=None)
         ids, labels = encode(rows, tokenizer)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        keep = targets != IGNORE
         self.model, self.path = model, model.current_path()
-        self.context = model.read(keep, ids, seeds=torch.arange(n) + seed * 1_000_003)
-        self.targets = targets.gather(1, model.kept_columns(keep)).clamp(min=0)
-        self.example = self.context.seeds[self.context.valid]
-        self.right = self.targets[self.context.valid]
-        self.kinds = torch.tensor([KINDS.index(row["kind"]) for row in rows])[keep.nonzero()[:, 0]]
-
-    @torch.no_grad()
-    def scores(self, way, settings):
+        seeds = torch.arange(n) + seed * 1_000_003
+        self.context, self.targets = read(model, ids, labels, seeds=seeds)
         valid = self.context.valid
-        logits, used = way(self.path, self.context, self.targets, **settings)
-        found = score(logits[valid], used[valid], self.right)
-        return found | {"example": self.example}
+        self.right = self.targets[valid]
+        self.kinds = torch.tensor([KINDS.index(row["kind"]) for row in rows])[valid.nonzero()[:, 0]]
 
 def report(lines):
     """Print [(name, line)]: shares in percent with half their interval, gains over the base."""
@@ -203,8 +228,8 @@ def report(lines):
 
 def measure(bench, n, seed):
     tokens, base, lines = TinyTokens(bench, n, seed), None, []
-    for name, way, settings in PLAN + SWEEP:
-        scores = tokens.scores(way, settings)
+    for name, way, settings in [*map(way_steps, (1, 3, 15)), *sweep(TIMES, STARTS)]:
+        scores = answer(tokens.path, tokens.context, tokens.targets, way, settings)
         base = base or scores
         lines.append((name, summary(scores, base)))
     return lines

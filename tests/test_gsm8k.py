@@ -138,7 +138,7 @@ def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
     assert (long["examples"], long["evaluations"]) == (3, 31)
     assert set(long["over"]) == {"greedy", "sampled"}
     assert sum(name.startswith("one evaluation") for name in names) == 1
-    assert sum(line["rows"] == "choose" for line in lines) == len(list(gsm8k.sweep())) + 1
+    assert sum(line["rows"] == "choose" for line in lines) == len(list(tokens.sweep(gsm8k.TIMES, gsm8k.STARTS))) + 1
     assert "base after lora finetuning" in capsys.readouterr().out
     for name in ("train", "test", "choose"):
         assert run.folder.joinpath("out/gsm8k", f"{name}.jsonl").exists()
