@@ -17,8 +17,8 @@ the state x_t, the LM predicts a token from it, and the velocity points from x_t
 
 The diffusion token at position k stands for the next token, the one the LM predicts at k. It sees
 the main path at positions 0..k and no other diffusion token. `steps`, the paper's T, counts the
-evaluations per token: one at t = 0, and at last one for the answer. At t = 0 the path has weight
-w(0) − w(0) = 0, so that the LM's own logits serve and T = 1 is the untouched LM.
+evaluations per token. The first, at t = 0, gives the LM's own logits, since the path's weight
+w(0) − w(0) is 0 there. The last gives the answer. T = 1 has only the first: the untouched LM.
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -27,6 +27,7 @@ w(0) − w(0) = 0, so that the LM's own logits serve and T = 1 is the untouched 
   x̂               x_hat                 [B, N, d]   where the path expects the token to be
   sigma           config.sigma          number      standard deviation of the noise x_0
   t               t                     [B, N, 1]   0 is noise, 1 is the token; a float if shared
+  h               h                     as t        length of an interval of the integration
   f               f                     [B, N, D]   hidden state of the path
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
   w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
@@ -82,7 +83,8 @@ class LoRALinear(nn.Module):
 
 def time_features(t, size):
     """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size].
-    On [0, 1] most sines are nearly linear and most cosines nearly 1. The release has it so, too."""
+    On [0, 1] most sines are nearly linear and most cosines nearly 1. So it is in the authors' code,
+    called the release below."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
@@ -143,10 +145,10 @@ class Context:
         return replace(self, **twice, class_ids=class_ids, masks=masks)
 
 def modulate(x, norm, scale, shift):
-    """(gain + scale)·rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
+    """(gain + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
     gain is the LM's frozen norm weight. (DiT has gain·(1 + scale).)"""
-    rms = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
-    return ((norm.weight.float() + scale) * rms + shift).to(x.dtype)
+    normed = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
+    return ((norm.weight.float() + scale) * normed + shift).to(x.dtype)
 
 def rotate(q, cos, sin):
     """Rotary position embedding of q [B, N, H, E], with the LM's own cos and sin."""
@@ -315,9 +317,9 @@ def estimate(path, logits, t, context):
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
-        # At temperature tau = 1 − t (the release reads it one stage ahead): argmax of logits +
-        # tau·Gumbel noise is a draw from softmax(logits / tau). Each time has a noise of its own,
-        # so that x̂ is a function of x and t; 2^24 steps of t are as fine as float32.
+        # A draw from softmax(logits / tau) with tau = 1 − t: the argmax of logits + tau·Gumbel
+        # noise. (The release takes tau from the end of the interval.) The noise is hashed from t,
+        # too, as a whole number. So it is another one at every time, and the same at the same time.
         moment = (t[..., 0] * 2**24).long()
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
@@ -454,11 +456,11 @@ def diffuse(path, context, steps=None, observe=None):
     steps = config.steps if steps is None else steps
     n, t_end, tableau = intervals(config.solver, steps), end_time(config), TABLEAUS[config.solver]
     evaluate = path if tableau.error else path.at_shared_time   # adaptive: times differ by state
-    guided = context
-    if config.guidance == 0:
-        guided = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
-    elif config.guidance != 1:
-        guided = context.with_null_class(path.null)
+    steered = context                   # for the velocities; the answer is always of the class
+    if config.guidance == 0:            # no class
+        steered = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
+    elif config.guidance != 1:          # both
+        steered = context.with_null_class(path.null)
 
     def seen(x, t, logits):
         if observe is not None:
@@ -466,19 +468,19 @@ def diffuse(path, context, steps=None, observe=None):
         return logits
 
     def dxdt(x, t):
-        return velocity(path, seen(x, t, evaluate(x, t, guided)), x, t, guided)
+        return velocity(path, seen(x, t, evaluate(x, t, steered)), x, t, steered)
 
     x, used = initial_noise(config, context), torch.ones_like(context.positions)
     logits = seen(x, 0.0, context.logits(context.hidden))       # t = 0: the LM's, for every class
     if steps == 1:
         return logits, used
-    first = velocity(path, logits, x, 0.0, context)     # guided too: all classes agree at t = 0
+    first = velocity(path, logits, x, 0.0, context)     # guided or not: all classes agree here
     if tableau.error:
         x, t, used = solve_adaptive(dxdt, x, first, t_end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
     else:
         x, t, used = solve_fixed(dxdt, x, first, t_end, n, tableau), t_end, used * (steps - 1)
-    return seen(x, t, evaluate(x, t, context)), used + 1        # the answer: class only, unguided
+    return seen(x, t, evaluate(x, t, context)), used + 1
 
 # ==== Part II: a causal LM to the rest of the world ===============================================
 
@@ -744,7 +746,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
             self.path = DiffusionPath(config, base.model.layers)
-        self.merging, self.compiled, self.cache = False, None, {}
+        self.merging, self.compiled, self.derived = False, None, {}
         self.post_init()
 
     def init_weights(self):
@@ -757,23 +759,23 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     def train(self, mode=True):
         super().train(mode)
         self.base.eval()
-        self.cache = {}
+        self.derived = {}
         return self
 
     def forget(self):
         """Drop what the cache holds."""
-        self.cache = None if self.cache is None else {}
+        self.derived = None if self.derived is None else {}
 
     def current_path(self):
         """The path to evaluate with. (Edits through `p.data` are invisible: call eval() after.)"""
-        if self.training or self.cache is None:
+        if self.training or self.derived is None:
             return self.path
         weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters()]
-        if self.cache.get("weights") != weights:
+        if self.derived.get("weights") != weights:
             path = CachedPath(self.path, self.base.model.layers, self.base.dtype, self.merging,
                               self.compiled)
-            self.cache = {"weights": weights, "path": path}
-        return self.cache["path"]
+            self.derived = {"weights": weights, "path": path}
+        return self.derived["path"]
 
     def merge_lora(self, merging=True):
         """In evaluation mode, add each LoRA update into a copy of the LM's layer: faster, for the
@@ -933,7 +935,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Losses [M] and times [M] of the labelled positions, row by row (`token_losses` above).
         Other positions do not pass through the path. ValueError: no label, or of another shape."""
         if torch.is_grad_enabled():
-            self.cache = None                       # an optimizer is about to change the weights
+            self.derived = None                       # an optimizer is about to change the weights
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -992,12 +994,14 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     @torch.no_grad()
     def generate_ahead(self, input_ids, max_new_tokens, ahead=16, temperature=1.0, eos_token_id=(),
                        seeds=None, class_ids=None):
-        """Generate after input_ids [1, S], several tokens' diffusions at once. The LM drafts up to
-        ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the draft
-        is kept as far as L2D agrees. The tokens are those of ahead=1, one diffusion per token: a
-        kept position has seen the right tokens, and its noise depends on its address alone. (In
-        bfloat16, one row and several are rounded differently, which can turn a near-tie.)
-        Yields, for every diffusion, the tokens that it gave and their evaluations: two lists. It
+        """Generate after input_ids [1, S], several tokens at once. In each round the LM drafts up
+        to ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the
+        draft is kept as far as L2D agrees. With the same seeds [1] (None: random ones), the tokens
+        are those of ahead=1, which drafts nothing: L2D's choice depends on the tokens before it,
+        seed, position and class alone, and it is kept only if all tokens before it are L2D's, too.
+        (One position and several are rounded differently, above all in bfloat16. That can turn a
+        near-tie.) Any token of eos_token_id, a list, ends the answer and is its last.
+        Yields, for each round, the tokens that it gave and their evaluations: two lists. It
         takes one row, because rows would advance at different speeds. ValueError: several rows."""
         if len(input_ids) != 1 or ahead < 1:
             raise ValueError(f"generate_ahead takes one row and ahead >= 1, not {len(input_ids)} "
@@ -1005,38 +1009,43 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if seeds is None:
             seeds = torch.randint(2**62, (1,))
         seeds, device = seeds.to(input_ids.device).long()[:, None], input_ids.device
-        cache, pending, reach, done = DynamicCache(), input_ids, ahead, 0
+        cache, reach, done = DynamicCache(), ahead, 0
+        pending = input_ids                             # tokens that are not in the cache yet
         while done < max_new_tokens:
-            first, hidden, drafts = int(cache.get_seq_length()) + pending.shape[1] - 1, [], []
+            start = int(cache.get_seq_length()) + pending.shape[1] - 1  # the last known token's
+            drafts, hidden = [], []
             for n in range(min(reach, max_new_tokens - done)):
-                if n > 0:                                   # draft the token after the last one
+                if n > 0:
+                    # The LM's own token, drawn with the noise that L2D's will be drawn with, so
+                    # that the two agree often.
                     logits = self.base.lm_head(self.base.model.norm(hidden[-1]))
-                    place = seeds.new_tensor([[first + n - 1]])
-                    pending = choose(logits, temperature, seeds, place)
-                    if pending.item() in eos_token_id:
+                    position = seeds.new_tensor([[start + n - 1]])
+                    pending = choose(logits, temperature, seeds, position)
+                    if pending.item() in eos_token_id:      # nothing to draft beyond it
                         break
                     drafts.append(pending.item())
                 past = int(cache.get_seq_length())
-                places = past + torch.arange(pending.shape[1], device=device)[None]
-                hidden.append(self.run_base(pending, None, places, cache)[:, -1:])
-            columns = first + torch.arange(len(hidden), device=device)[None]
-            context = self.context(torch.cat(hidden, dim=1), columns, columns,
-                                   torch.ones_like(columns, dtype=torch.bool), cache,
+                positions = past + torch.arange(pending.shape[1], device=device)[None]
+                hidden.append(self.run_base(pending, None, positions, cache)[:, -1:])
+            positions = start + torch.arange(len(hidden), device=device)[None]
+            valid = torch.ones_like(positions, dtype=torch.bool)
+            context = self.context(torch.cat(hidden, dim=1), positions, positions, valid, cache,
                                    class_ids=class_ids, seeds=seeds[:, 0])
             logits, evaluations = diffuse(self.current_path(), context)
             self.check_finite(logits, context)
-            tokens = choose(logits, temperature, seeds, columns)[0].tolist()
+            tokens = choose(logits, temperature, seeds, positions)[0].tolist()
             agreed = 0
             while agreed < len(drafts) and drafts[agreed] == tokens[agreed]:
                 agreed += 1
-            tokens = tokens[:agreed + 1]                    # and L2D's own at the first difference
-            if len(drafts) > agreed:
-                cache.crop(agreed - len(drafts))            # a negative number: that many off
+            tokens = tokens[:agreed + 1]                # the last one is L2D's alone
+            if len(drafts) > agreed:                    # drop the keys of the draft's rest
+                cache.crop(agreed - len(drafts))        # newer versions take only how many to drop
             yield tokens, evaluations[0, :agreed + 1].tolist()
             done += len(tokens)
             if tokens[-1] in eos_token_id:
                 return
-            pending, reach = input_ids.new_tensor([tokens[-1:]]), min(ahead, 4 * len(tokens))
+            pending = input_ids.new_tensor([tokens[-1:]])
+            reach = min(ahead, 4 * len(tokens))         # for speed: less far after a poor round
 
     # Saving and loading
 

@@ -769,7 +769,7 @@ def test_training_mode_caches_nothing(merge):
             p.data.add_(0.05)
         logits = model(IDS, seeds=SEEDS).logits
         expected = fresh(model).train()(IDS, seeds=SEEDS).logits
-        assert torch.equal(logits, expected) and model.cache == {}
+        assert torch.equal(logits, expected) and model.derived == {}
     assert isinstance(model.eval().current_path(), CachedPath)
     assert model.current_path() is model.current_path()
 

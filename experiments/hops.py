@@ -139,19 +139,20 @@ def new_base(tokenizer):
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, **BASE))
 
-def prepare(seed, max_updates=6000):
+def prepare(seed, max_updates=6000, last=1500):
     """Teach the base of a seed, if there is none. The chains have one link at first, and one more
-    each time that 85% of the first links of walks are right; at LONGEST links 99.5% are asked.
-    RuntimeError: it has not come so far."""
+    each time that 85% of the first links of walks are right. When 95% are right at LONGEST links,
+    the learning rate falls to 0 over the `last` updates. RuntimeError: it has not come so far."""
     folder, tokenizer = base_folder(seed), make_tokenizer()
     if folder.exists():
         return
     torch.manual_seed(seed)
     model, vocabulary = new_base(tokenizer), tokenizer.get_vocab()
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
-    rng, length, right, start = random.Random(f"base {seed}"), 1, 0.0, time.process_time()
+    rng, start = random.Random(f"base {seed}"), time.process_time()
+    length, right, left = 1, 0.0, last
     for step in range(max_updates):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50)
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * left / last
         ids, labels = base_batch(rng, length, vocabulary)
         logits, targets = model(ids).logits[:, :-1], labels[:, 1:]
         F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE).backward()
@@ -160,13 +161,15 @@ def prepare(seed, max_updates=6000):
         optimizer.zero_grad()
         hits = (logits.argmax(-1) == targets)[:, 2 * CHAINS * length::length + 1]
         right = 0.95 * right + 0.05 * hits.float().mean().item()
-        if length == LONGEST and right > 0.995:
-            break
         if length < LONGEST and right > 0.85:
             length, right = length + 1, 0.0
+        elif length == LONGEST and (right > 0.95 or left < last):
+            left -= 1
+        if left == 0:
+            break
     print(f"{folder}: {step + 1:,} updates, {time.process_time() - start:.0f} s of processor time; "
           f"chains of {length} links, {right:.1%} right", flush=True)
-    if length < LONGEST or right < 0.95:
+    if left > 0 or right < 0.95:
         raise RuntimeError(f"the base of seed {seed} has not learnt to follow links: leave it out")
     tiny.save(folder, model, tokenizer)
 
