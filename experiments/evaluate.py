@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor
 
 from experiments import harness
-from experiments.results import (add_models, append_line, check_questions, interval, model_folders,
-                                 read_log, student)
+from experiments.results import (add_models, add_questions, append_line, check_questions, interval,
+                                 model_folders, read_log, student)
 from l2d import (ANSWER, L2D, TABLEAUS, VELOCITIES, choose, gumbel, initial_noise, intervals)
 from support.chats import render
 from support.console import check_numbers, console, load, load_model, load_tokenizer
@@ -291,7 +291,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_models(parser)
-    add("--questions", type=int, default=1020, help="how many (default: %(default)s)")
+    add_questions(parser)
     add("--steps", type=int, nargs="+", help="T (default: 1 3 7 15 31; with --tasks 1 15)")
     add("--solver", choices=TABLEAUS, help="(default: midpoint)")
     add("--velocity", choices=VELOCITIES, help="(default: argmax)")
@@ -302,7 +302,6 @@ def parse_args():
         help="measure guidance instead, at the last of --steps")
     add("--beams", type=int, nargs="+", metavar="K",
         help="measure beam search instead, at all --steps")
-    add("--seed", type=int, default=0, help="of the questions and the noise (default: 0)")
     add("--again", action="store_true", help="measure anew what results.jsonl already has")
     add("--figure", metavar="FILE", help="draw accuracy against T")
     harness.add_arguments(parser)

@@ -14,7 +14,7 @@ import argparse
 import torch
 
 from experiments.evaluate import Bench
-from experiments.results import add_models, check_questions, model_folders
+from experiments.results import add_models, add_questions, check_questions, model_folders
 from experiments.tokens import USUAL, TinyTokens, on_noise, on_truth
 from l2d import diffuse
 from support.console import check_numbers, console
@@ -146,10 +146,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
-    parser.add_argument("--questions", type=int, default=1020,
-                        help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the questions and the noise (default: %(default)s)")
+    add_questions(parser)
     parser.add_argument("--again", action="store_true",
                         help="measure anew what results.jsonl already has")
     args = parser.parse_args()

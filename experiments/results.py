@@ -44,7 +44,7 @@ def append_line(file, line):
     with open(file, "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
 
-# ---- Which models --------------------------------------------------------------------------------
+# ---- Models and questions ------------------------------------------------------------------------
 
 def add_models(parser):
     """The options that `model_folders` reads."""
@@ -58,6 +58,12 @@ def model_folders(args):
         return [f"{base_folder(seed)}-l2d" for seed in dict.fromkeys(args.seeds)]
     last = args.out or [last_run("config.json", containing='"model_type": "l2d"')]
     return list(dict.fromkeys(map(str, last)))
+
+def add_questions(parser):
+    """How many questions of the tiny default, and which."""
+    add = parser.add_argument
+    add("--questions", type=int, default=1020, help="how many (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the questions and the noise (default: 0)")
 
 def check_questions(parser, args):
     """parser.error where there are too few."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments.evaluate import Bench
-from experiments.results import add_models, model_folders
+from experiments.results import add_models, add_questions, check_questions, model_folders
 from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, intervals, solve_fixed,
                  velocity)
 from support.console import check_numbers, console
@@ -252,12 +252,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
-    parser.add_argument("--questions", type=int, default=1020,
-                        help="how many (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the questions and the noise (default: %(default)s)")
+    add_questions(parser)
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=["questions"])
+    check_numbers(parser, vars(args))
+    check_questions(parser, args)
     torch.set_num_threads(1)
     tables = [measure(Bench(folder), args.questions, args.seed) for folder in model_folders(args)]
     report(list(over_models(tables)))
