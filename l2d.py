@@ -451,10 +451,13 @@ def end_time(config):
 def diffuse(path, context, steps=None, observe=None):
     """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps), and
     the evaluations used, int64 [B, N]. Adaptive solvers choose their own T, unless steps is 1.
+    With config.t_start > 0 (not in the paper) the first evaluation is at that time, where x_t is
+    noise alone, so the LM has no vote of its own, and T = 1 is one evaluation of the path.
     observe(x_t, t, logits) is called at each evaluation."""
     config = path.config
     steps = config.steps if steps is None else steps
-    n, t_end, tableau = intervals(config.solver, steps), end_time(config), TABLEAUS[config.solver]
+    t_start, length = config.t_start, end_time(config) - config.t_start
+    n, tableau = intervals(config.solver, steps), TABLEAUS[config.solver]
     evaluate = path if tableau.error else path.at_shared_time   # adaptive: times differ by state
     steered = context                   # for the velocities; the answer is always of the class
     if config.guidance == 0:            # no class
@@ -467,20 +470,26 @@ def diffuse(path, context, steps=None, observe=None):
             observe(x, t, logits[:, :x.shape[1]])
         return logits
 
-    def dxdt(x, t):
+    def dxdt(x, t):                     # the solvers count t from t_start
+        t = t_start + t
         return velocity(path, seen(x, t, evaluate(x, t, steered)), x, t, steered)
 
-    x, used = initial_noise(config, context), torch.ones_like(context.positions)
-    logits = seen(x, 0.0, context.logits(context.hidden))       # t = 0: the LM's, for every class
+    x, used = (1 - t_start) * initial_noise(config, context), torch.ones_like(context.positions)
+    if t_start == 0:                    # the LM's own logits, for every class
+        first_context, logits = context, context.logits(context.hidden)
+    else:
+        first_context = context if steps == 1 else steered
+        logits = path.at_shared_time(x, t_start, first_context)
+    seen(x, t_start, logits)
     if steps == 1:
         return logits, used
-    first = velocity(path, logits, x, 0.0, context)     # guided or not: all classes agree here
+    first = velocity(path, logits, x, t_start, first_context)
     if tableau.error:
-        x, t, used = solve_adaptive(dxdt, x, first, t_end, tableau, config.atol, config.rtol,
+        x, t, used = solve_adaptive(dxdt, x, first, length, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
     else:
-        x, t, used = solve_fixed(dxdt, x, first, t_end, n, tableau), t_end, used * (steps - 1)
-    return seen(x, t, evaluate(x, t, context)), used + 1
+        x, t, used = solve_fixed(dxdt, x, first, length, n, tableau), length, used * (steps - 1)
+    return seen(x, t_start + t, evaluate(x, t_start + t, context)), used + 1
 
 # ==== Part II: a causal LM to the rest of the world ===============================================
 
@@ -544,7 +553,8 @@ class L2DConfig(transformers.PreTrainedConfig):
     solver           "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive)
     velocity         x̂ is the most likely token ("argmax"), a drawn one ("sample"), or the
                      "expectation"
-    guidance         w of Eq. 7; t_end: where the integration stops (None: see `end_time`)
+    guidance         w of Eq. 7
+    t_start, t_end   where the integration starts and stops (0 and None: see `diffuse`, `end_time`)
     atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token
     ValueError: a setting with an impossible value, or one that does not exist."""
     model_type = "l2d"
@@ -552,7 +562,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0,
                  path="lora", lora_rank=32, lora_alpha=32.0, class_names=(), class_dropout=0.2,
                  timesteps="uniform", steps=15, solver="midpoint", velocity="argmax", guidance=1.0,
-                 t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000, **kwargs):
+                 t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         if kwargs.pop("self_condition", False):             # an option of the first version
@@ -567,8 +577,8 @@ class L2DConfig(transformers.PreTrainedConfig):
         self.update(dict(
             dim=dim, cond_dim=cond_dim, sigma=sigma, path=path, lora_rank=lora_rank,
             lora_alpha=lora_alpha, class_dropout=class_dropout, timesteps=timesteps, steps=steps,
-            solver=solver, velocity=velocity, guidance=guidance, t_end=t_end, atol=atol, rtol=rtol,
-            max_evaluations=max_evaluations))
+            solver=solver, velocity=velocity, guidance=guidance, t_start=t_start, t_end=t_end,
+            atol=atol, rtol=rtol, max_evaluations=max_evaluations))
 
     def update(self, changes):
         """Change several settings together. ValueError: they do not fit; then none is changed."""
@@ -629,7 +639,7 @@ def check_settings(s):
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
         value = getattr(s, name)
         require(isinstance(value, int) and value > 0, name, "must be a positive whole number")
-    for name in ("sigma", "lora_alpha", "atol", "rtol", "class_dropout", "guidance"):
+    for name in ("sigma", "lora_alpha", "atol", "rtol", "class_dropout", "guidance", "t_start"):
         value = getattr(s, name)
         require(isinstance(value, (int, float)) and math.isfinite(value), name, "must be a number")
     for name in ("sigma", "lora_alpha", "atol", "rtol"):
@@ -641,7 +651,7 @@ def check_settings(s):
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")
     intervals(s.solver, s.steps)
-    end_time(s)
+    require(0 <= s.t_start < end_time(s), "t_start", f"must lie in [0, {end_time(s):g})")
 
 # ---- Table 8's alternatives to LoRA --------------------------------------------------------------
 

@@ -6,8 +6,7 @@
     python sample.py --guidance 1.5 --label math       guidance, for a model trained with classes
 
 --steps is the number of evaluations of the path per token, the paper's T; 1 is the base itself. A
-question gets the same answer alone, among others and with any --ahead (in bfloat16 up to rounding).
-"""
+question gets the same answer alone, among others and with any --ahead, rounding aside."""
 
 import argparse
 import time
@@ -21,7 +20,7 @@ from support import console
 from support.chats import read_rows, render
 from support.trace import print_trace, trace
 
-SETTINGS = ("steps", "solver", "velocity", "guidance")
+SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start")
 EXAMPLES = ["What is 17 times 23?", "Write a haiku about noise.", "Why is the sky blue?"]
 
 def parse_args():
@@ -37,6 +36,7 @@ def parse_args():
     add("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own T")
     add("--velocity", choices=VELOCITIES, default="argmax", help="what the path moves towards")
     add("--guidance", type=float, default=1.0, metavar="W", help="guidance scale; 1: none")
+    add("--t-start", type=float, default=0.0, help="when to start; 0 as in the paper")
     add("--label", help="class of the questions, for a model trained with classes")
     add = parser.add_argument_group("answers").add_argument
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")

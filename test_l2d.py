@@ -254,6 +254,9 @@ def naive_losses(model, ids, labels, seed, g):
     (dict(guidance=1.5, class_names=()), "guidance=1.5 needs classes"),
     (dict(t_end=0), "t_end=0 is not possible with midpoint: it must be above 0 and at most 1"),
     (dict(t_end=1.5), "t_end=1.5 is not possible with midpoint"),
+    (dict(t_start=1.0), r"t_start=1.0 must lie in \[0, 1\)"),
+    (dict(t_start=-0.1), r"t_start=-0.1 must lie in \[0, 1\)"),
+    (dict(t_start=0.5, t_end=0.4), r"t_start=0.5 must lie in \[0, 0.4\)"),
     (dict(t_end=1.0, solver="rk4", steps=5),
      "t_end=1.0 is not possible with rk4: it must be above 0 and below 1"),
     (dict(steps=4), "steps=4 is not possible with midpoint, which needs steps = 2n . 1; "
@@ -1311,32 +1314,55 @@ def test_euler_ends_on_a_token(velocity):
 
 # ---- Guidance, and Algorithm 1 -------------------------------------------------------------------
 
+@pytest.mark.parametrize("t_start", [0.0, 0.3])
 @pytest.mark.parametrize("velocity", ["argmax", "expectation"])
 @pytest.mark.parametrize("w", [0, 0.5, 1, 1.5, 3])
 @torch.no_grad()
-def test_guidance_is_two_passes_and_a_conditional_answer(w, velocity):
+def test_guidance_is_two_passes_and_a_conditional_answer(w, velocity, t_start):
     """All positions of all rows at once, against Euler's method with the model run once per
     class."""
-    model, n = exact_l2d(solver="euler", guidance=w, velocity=velocity), 5
+    model, n = exact_l2d(solver="euler", guidance=w, velocity=velocity, t_start=t_start), 5
     path, points = model.path, table(model)
     keep = torch.ones(3, 9, dtype=torch.bool)
     keep[1, :4] = False
     conditional, null = (read(model, keep=keep, class_ids=torch.tensor(g))
                          for g in ([0, 1, 0], [2, 2, 2]))
-    x = 4 * normal(16, conditional.seeds, conditional.positions, l2d.NOISE)
+    noise = 4 * normal(16, conditional.seeds, conditional.positions, l2d.NOISE)
+    x, h = (1 - t_start) * noise, (1 - t_start) / n
     for i in range(n):
-        t, v = torch.full_like(x[..., :1], i / n), []
+        t, v = torch.full_like(x[..., :1], t_start + i * h), []
         for context in (conditional, null):
             logits = path(x, t, context).float()
             greedy = points[logits.argmax(-1)]
             x_hat = greedy if velocity == "argmax" else logits.softmax(-1) @ points
             v.append((x_hat - x) / (1 - t))
-        x = x + (w * v[0] + (1 - w) * v[1]) / n
+        x = x + h * (w * v[0] + (1 - w) * v[1])
     expected = path(x, torch.ones_like(t), conditional)
     logits, used = diffuse(model.current_path(), conditional, n + 1)
     assert (used == n + 1).all()
     assert torch.allclose(logits[conditional.valid], expected[conditional.valid], rtol=1e-3,
                           atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
+@torch.no_grad()
+def test_T_1_with_a_late_start_is_one_evaluation_on_noise(guidance):
+    model, g = tiny_l2d(steps=1, t_start=0.4, guidance=guidance), torch.tensor([0, 1, 0])
+    context = read(model, class_ids=g)
+    x, t = 0.6 * l2d.initial_noise(model.config, context), torch.full((3, 1, 1), 0.4)
+    output = model(IDS, logits_to_keep=1, class_ids=g, seeds=SEEDS)
+    assert output.evaluations.tolist() == [[1]] * 3
+    assert torch.allclose(output.logits, model.path(x, t, context), atol=1e-4)
+    assert not torch.allclose(output.logits, model(IDS, logits_to_keep=1).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("solver, last", [("midpoint", 1.0), ("rk4", 0.75), ("bosh3", 0.75)])
+def test_a_late_start_goes_from_there_to_the_same_end(solver, last):
+    model, times = tiny_l2d(solver=solver, steps=5, t_start=0.5, t_end=last), []
+    _, used = diffuse(model.current_path(), read(model, IDS[:1]),
+                      observe=lambda x, t, logits: times.append(float(t)))
+    assert times[0] == 0.5 and times[-1] == last and all(0.5 <= t <= last for t in times)
+    assert used.item() == len(times)
 
 
 @pytest.fixture
@@ -1619,6 +1645,15 @@ def test_thinking_ahead_gives_the_tokens_of_the_plain_loop(
                                             class_ids=g)
         assert (tokens, used) == expected and max(sizes) <= ahead
         assert steps > 1 or len(sizes) < n or ahead == 1
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_thinking_ahead_with_a_late_start_gives_the_tokens_of_the_plain_loop(steps):
+    model = near_l2d(steps=steps, t_start=0.3)
+    expected = plain_loop(model, IDS[:1], 7, 1.0)
+    assert expected[0] != plain_loop(near_l2d(steps=1), IDS[:1], 7, 1.0)[0]
+    for ahead in (1, 4):
+        assert thought_ahead(model, IDS[:1], 7, ahead=ahead)[:2] == expected
 
 
 def test_thinking_ahead_takes_fewer_rounds_and_drops_drafts_that_are_wrong():

@@ -24,14 +24,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 from experiments import harness
 from experiments.results import (add_models, add_questions, append_line, check_questions, interval,
                                  model_folders, read_log, student)
-from l2d import (ANSWER, L2D, TABLEAUS, VELOCITIES, choose, gumbel, initial_noise, intervals)
+from l2d import ANSWER, L2D, TABLEAUS, VELOCITIES, gumbel, intervals
 from support.chats import render
 from support.console import check_numbers, console, load, load_model, load_tokenizer
 from support.tiny import KINDS, LABELS, questions
@@ -55,27 +54,9 @@ class Sampler(LogitsProcessor):
         return scores.float() / self.temperature + noise
 
 @torch.no_grad()
-def answer_from_noise(model, input_ids, attention_mask, t, temperature, new, seeds, class_ids=None):
-    """Generate with one evaluation of the path per token, at time t on noise alone, without any
-    iteration. The prompts [B, S] are padded on the left; returns new tokens [B, new]."""
-    cache, mask, tokens, made = DynamicCache(), attention_mask, input_ids, []
-    for _ in range(new):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1]:]
-        context = model.read(model.kept(tokens, 1), tokens, mask, positions, cache,
-                             class_ids=class_ids, seeds=seeds)
-        x = (1 - t) * initial_noise(model.config, context)
-        logits = model.current_path().at_shared_time(x, t, context)
-        tokens = choose(logits, temperature, context.seeds, context.positions)
-        mask = F.pad(mask, (0, 1), value=1)
-        made.append(tokens)
-    return torch.cat(made, dim=1)
-
-@torch.no_grad()
-def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, single=None,
-        **settings):
+def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, **settings):
     """Answer questions of one kind in one batch, with these settings of the model: (which are
-    right, evaluations per token). `single` answers with one evaluation of the path at that time,
-    where x_t is noise alone."""
+    right, evaluations per token)."""
     prompts = [render(tokenizer, row["messages"][:1]) for row in rows]
     inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True,
                        padding_side="left")
@@ -85,24 +66,21 @@ def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, si
     seeds = torch.arange(len(rows)) + seed * 1_000_003
     used = []
     if isinstance(model, L2D):
-        usual = {"solver": "midpoint", "velocity": "argmax", "guidance": 1.0, "t_end": None,
-                 "steps": 15}
+        usual = {"solver": "midpoint", "velocity": "argmax", "guidance": 1.0, "t_start": 0.0,
+                 "t_end": None, "steps": 15}
         model.config.update(usual | settings)
         names = model.config.class_names
         classes = torch.tensor([names.index(row["label"]) for row in rows]) if labels else None
         inputs |= {"seeds": seeds, "class_ids": classes}
-    if single is not None:
-        used.append(torch.ones(1))
-        found = answer_from_noise(model, t=single, temperature=temperature, new=new, **inputs)
-    else:
-        def count(module, inputs, output):
-            used.append(beams * getattr(output, "evaluations", torch.ones(1)).float().flatten())
-        search = {"logits_processor": [Sampler(temperature, seeds, lengths)]}
-        if beams > 1:
-            search = {"num_beams": beams, "length_penalty": 1.0}
-        with model.register_forward_hook(count):
-            found = model.generate(**inputs, do_sample=False, max_new_tokens=new,
-                                   pad_token_id=tokenizer.pad_token_id, **search)[:, width:]
+
+    def count(module, inputs, output):
+        used.append(beams * getattr(output, "evaluations", torch.ones(1)).float().flatten())
+    search = {"logits_processor": [Sampler(temperature, seeds, lengths)]}
+    if beams > 1:
+        search = {"num_beams": beams, "length_penalty": 1.0}
+    with model.register_forward_hook(count):
+        found = model.generate(**inputs, do_sample=False, max_new_tokens=new,
+                               pad_token_id=tokenizer.pad_token_id, **search)[:, width:]
     ended = (found == tokenizer.eos_token_id).cumsum(1) > 0
     found = found.masked_fill(ended, tokenizer.pad_token_id)
     answers = tokenizer.batch_decode(found, skip_special_tokens=True)
@@ -200,8 +178,8 @@ def lines_of(bench, args):
         lines += [(f"{name}, {kind}", {"steps": T, "temperature": tau, **what})
                   for tau, kind in both]
     t = best_time(bench, seed=1)
-    return lines + [(f"one evaluation on noise, {kind}", {"single": t, "temperature": tau})
-                    for tau, kind in both]
+    return lines + [(f"one evaluation on noise, {kind}",
+                     {"steps": 1, "t_start": t, "temperature": tau}) for tau, kind in both]
 
 def guidance_lines(bench, args, others, told):
     names = bench.loaded[0].config.class_names
@@ -216,8 +194,8 @@ def best_time(bench, **other):
     """The time at which one evaluation of the path on noise answers best, greedily, on 300 other
     questions (by seed or rows)."""
     times = tqdm(TIMES, desc="the best time for a single evaluation", disable=None)
-    tried = {t: bench.measure("best time", 300, single=t, temperature=0.0, **other)["accuracy"]
-             for t in times}
+    same = {"steps": 1, "temperature": 0.0, **other}
+    tried = {t: bench.measure("best time", 300, t_start=t, **same)["accuracy"] for t in times}
     return max(tried, key=tried.get)
 
 def over_models(lines):

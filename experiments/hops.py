@@ -139,7 +139,7 @@ def new_base(tokenizer):
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, **BASE))
 
-def prepare(seed, max_updates=6000, last=1500):
+def prepare(seed, max_updates=6000, last=1000):
     """Teach the base of a seed, if there is none. The chains have one link at first, and one more
     each time that 85% of the first links of walks are right. When 95% are right at LONGEST links,
     the learning rate falls to 0 over the `last` updates. RuntimeError: it has not come so far."""
@@ -152,7 +152,7 @@ def prepare(seed, max_updates=6000, last=1500):
     rng, start = random.Random(f"base {seed}"), time.process_time()
     length, right, left = 1, 0.0, last
     for step in range(max_updates):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 50) * left / last
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50) * left / last
         ids, labels = base_batch(rng, length, vocabulary)
         logits, targets = model(ids).logits[:, :-1], labels[:, 1:]
         F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE).backward()

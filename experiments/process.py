@@ -15,12 +15,12 @@ import torch
 
 from experiments.evaluate import Bench
 from experiments.results import add_models, add_questions, check_questions, model_folders
-from experiments.tokens import USUAL, TinyTokens, on_noise, on_truth
+from experiments.tokens import USUAL, TinyTokens, on_truth
 from l2d import diffuse
 from support.console import check_numbers, console
 from support.tiny import KINDS
 
-GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+GRID = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99)
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)  # of the base's probability of the right token
 FIXED = (3, 5, 7, 9, 11, 15, 21, 31)
 ADAPTIVE = [(solver, velocity, tolerance) for solver in ("fehlberg2", "bosh3")
@@ -66,8 +66,8 @@ def shown(tokens):
     the path knows)."""
     rows = []
     for t in GRID:
-        noise, true = (way(tokens.path, tokens.context, tokens.targets, t)[0]
-                       for way in (on_noise, on_truth))
+        noise, _ = tokens.diffuse(steps=1, t_start=t)
+        true, _ = on_truth(tokens.path, tokens.context, tokens.targets, t)
         rows.append({"t": t, "true": tokens.score(true), "noise": tokens.score(noise)})
     return rows
 

@@ -11,7 +11,6 @@ other questions. Intervals are at 95%, over examples, because the tokens of one 
 each other. `gsm8k` does the same with a real language model."""
 
 import argparse
-import math
 from dataclasses import replace
 
 import torch
@@ -26,7 +25,7 @@ from support.tiny import KINDS, SPECIAL, encode, questions
 
 TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the answer
 BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
-USUAL = {"solver": "midpoint", "velocity": "argmax", "t_end": None, "guidance": 1.0}
+USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 
 # ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
 # [B, N, V] and evaluations [B, N] -----------------------------------------------------------------
@@ -36,25 +35,11 @@ def usual(path, context, targets, **settings):
     path.config.update(USUAL | settings)
     return diffuse(path, context)
 
-def on_noise(path, context, targets, t):
-    """One evaluation at t, where x_t is noise alone."""
-    x = (1 - t) * initial_noise(path.config, context)
-    return path.at_shared_time(x, t, context), torch.ones_like(targets)
-
 def on_truth(path, context, targets, t):
     """One evaluation at t of the true x_t: what could be known, no way to answer."""
     x_1 = path.vocabulary(context.embedding(targets))
     x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
     return path.at_shared_time(x_t, t, context), torch.ones_like(targets)
-
-def from_later(path, context, targets, start, steps, solver):
-    """The diffusion from noise at t = start. At t = 0 the base alone votes; here it does not."""
-    def dxdt(x, t):
-        return velocity(path, path.at_shared_time(x, start + t, context), x, start + t, context)
-    x = (1 - start) * initial_noise(path.config, context)
-    n = intervals(solver, steps)
-    x = solve_fixed(dxdt, x, dxdt(x, 0.0), 1 - start, n, TABLEAUS[solver])
-    return path.at_shared_time(x, 1.0, context), torch.full_like(targets, steps)
 
 def fresh_noise(path, context, targets, steps):
     """x_t is made anew at each of T evaluations, at t = 0, 1/(T − 1), .., 1, from the last x̂ and
@@ -87,11 +72,11 @@ def way_steps(T):
     return "T = 1, the base" if T == 1 else f"T = {T}", usual, {"steps": T}
 
 def way_noise(t):
-    return f"one evaluation on noise, t = {t}", on_noise, {"t": t}
+    return f"one evaluation on noise, t = {t}", usual, {"steps": 1, "t_start": t}
 
 def way_from(start, T):
-    return (f"T = {T} from t = {start}", from_later,
-            {"start": start, "steps": T, "solver": "euler" if T == 2 else "midpoint"})
+    solver = "euler" if T == 2 else "midpoint"
+    return f"T = {T} from t = {start}", usual, {"steps": T, "t_start": start, "solver": solver}
 
 def sweep(times, starts):
     """Ways that only change the sampling, and T = 7, with which the last ones are compared. times

@@ -146,7 +146,7 @@ def test_settings_of_one_line_do_not_reach_the_next(folder):
     rows = tiny.questions(12, seed=5, kinds=("math",), shares=None)
     changed = {"steps": 3, "solver": "euler", "guidance": 2.0, "labels": True}
     evaluations = [ask(model, tokenizer, rows, 0, **settings)[1]
-                   for settings in ({"steps": 7}, {"single": 0.2}, changed, {"steps": 7})]
+                   for settings in ({"steps": 7}, {"steps": 1, "t_start": 0.2}, changed, {"steps": 7})]
     assert evaluations == [7, 1, 3, 7]
     assert model.config.guidance == 1.0 and model.config.solver == "midpoint"
 
