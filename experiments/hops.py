@@ -23,7 +23,7 @@ the loss that goes with it:
                 or on the answer if there are fewer links. In the second half of the training the
                 loss of the last evaluation, at t = 1, is on the answer, however small n is
     noise       as unrolled, but each evaluation sees (1 - t)·(new noise) in place of x_t
-    deep        one evaluation at t = 1, where x_t = 0, of a path that goes through the LM's layers
+    deep        one evaluation on noise, at t = 0.5, of a path that goes through the LM's layers
                 twice; the loss is on the answer
 
 All else is equal: questions, updates, optimiser and sampling, which is the paper's: Euler's method,
@@ -69,6 +69,7 @@ TRAINED = (1, 2, 3, 4)                                   # links of the question
 MOST = 6                                                 # the largest n in training
 STEPS = (2, 3, 4, 5, 6, 7, 9, 11, 15, 31)                # T in the test
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)         # tried for one evaluation on noise
+DEEP_TIME = 0.5                      # at t = 1 x_t is 0, and the first gradient of all weights too
 BASE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=128, tie_word_embeddings=True,
             initializer_range=0.1)       # with the usual 0.02 the first link is learnt later
@@ -228,7 +229,7 @@ def paper_loss(path, context, ways, n, late):
     return sum(parts) / n
 
 def deep_loss(path, context, ways, n, late):
-    return F.cross_entropy(on_noise(path, context, 1.0)[:, 0], ways[:, -1])
+    return F.cross_entropy(on_noise(path, context, DEEP_TIME)[:, 0], ways[:, -1])
 
 def on_noise(path, context, t):
     """Logits [B, 1, V] of one evaluation at t, where x_t is noise alone."""
@@ -364,7 +365,7 @@ def measure_path(method, seed, updates, n):
     """One evaluation on noise, and T of STEPS. "fixed" are the answers that are right where the
     base's first token is wrong, "broken" those that are wrong where it is right."""
     model, ways = load(kind(method), str(model_folder(method, seed, updates))), {}
-    path, t = model.current_path(), 1.0
+    path, t = model.current_path(), DEEP_TIME
     if method != "deep":
         t = best_time(model, seed, n)
     for i, (prompts, answers) in enumerate(asked(n, seed)):

@@ -259,6 +259,18 @@ def test_hops_on_noise_differ_in_what_the_path_sees_alone():
     assert (fresh[2][0] == 0).all() and (fresh[0][0] != 0).all()
 
 
+@pytest.mark.parametrize("method", hops.LOSSES)
+def test_hops_can_learn_from_the_first_update_on(method):
+    """Where x_t = 0, every weight would have a gradient of 0 at initialisation."""
+    torch.manual_seed(0)
+    tokenizer = hops.make_tokenizer()
+    model = hops.new_model(method, hops.new_base(tokenizer))
+    prompts, ways = hops.questions(4, 0, [3], tokenizer.get_vocab())
+    context = hops.read(model, prompts, torch.arange(4))
+    hops.LOSSES[method](model.path, context, ways, 2, late=True).backward()
+    assert model.path.output_weight[2].weight.grad.abs().max() > 0
+
+
 def test_hops_paths_have_equal_parameters():
     count = {method: sum(p.numel() for p in hops_model(method)[0].path.parameters())
              for method in hops.LOSSES}
