@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from experiments.results import read_log
-from experiments.tokens import (answer, gains, on_truth, read, report, shared, summary, sweep,
-                                usual, way_from, way_noise, way_steps)
+from experiments.tokens import (COMPARE, answer, gains, on_truth, read, report, report_over, shared,
+                                summary, sweep, usual, way_from, way_noise, way_steps)
 from l2d import L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load, load_base, load_model, load_tensors,
@@ -48,7 +48,6 @@ RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
 STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
-COMPARE = 15                                             # also against this T, on the same tokens
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
 TRUE_TIMES = (0.5, 0.9)
@@ -235,12 +234,7 @@ def print_tables(lines):
     for name, line in parts["test"]:
         cells = (f"{one['sampled'][0]:.1%} / {one['loss'][0]:.2f}" for one in line["sharpened"])
         print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
-    print(f"\nover T = {COMPARE}, on the same tokens: most likely, sampled")
-    for name, line in parts["test"]:
-        if "over" in line:
-            (greedy, a), (sampled, b) = line["over"]["greedy"], line["over"]["sampled"]
-            print(f"{name:36}{100 * greedy:+8.1f} ±{100 * a:4.1f}{100 * sampled:+8.1f} "
-                  f"±{100 * b:4.1f}")
+    report_over(parts["test"])
     if parts["choose"]:
         print("\non the rows for choices")
         report(parts["choose"])

@@ -25,6 +25,7 @@ from support.tiny import KINDS, SPECIAL, encode, questions
 
 TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the answer
 BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
+COMPARE = 15                                             # also against this T, on the same tokens
 USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 
 # ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
@@ -211,19 +212,30 @@ def report(lines):
         print(f"{name:36}{cells}{line['loss'][0]:7.2f}{100 * line['calibration']:6.1f}%"
               f"{line['fixed']:7}{line['broken']:7}{line['evaluations']:13.1f}{line['tokens']:8}")
 
+def report_over(lines):
+    """What was also compared with T = COMPARE on the same tokens."""
+    print(f"\nover T = {COMPARE}, on the same tokens: most likely, sampled")
+    for name, line in lines:
+        if "over" in line:
+            (greedy, a), (sampled, b) = line["over"]["greedy"], line["over"]["sampled"]
+            print(f"{name:36}{100 * greedy:+8.1f} ±{100 * a:4.1f}{100 * sampled:+8.1f} "
+                  f"±{100 * b:4.1f}")
+
 def measure(bench, n, seed):
-    tokens, base, lines = TinyTokens(bench, n, seed), None, []
-    for name, way, settings in [*map(way_steps, (1, 3, 15)), *sweep(TIMES, STARTS)]:
-        scores = answer(tokens.path, tokens.context, tokens.targets, way, settings)
-        base = base or scores
-        lines.append((name, summary(scores, base)))
-    return lines
+    tokens, found = TinyTokens(bench, n, seed), {}
+    for name, way, settings in [*map(way_steps, (1, 3, COMPARE)), *sweep(TIMES, STARTS)]:
+        found[name] = answer(tokens.path, tokens.context, tokens.targets, way, settings)
+    base, usual_one = found[way_steps(1)[0]], found[way_steps(COMPARE)[0]]
+    return [(name, summary(scores, base) | {"over": gains(scores, usual_one)})
+            for name, scores in found.items()]
 
 def over_models(tables):
     """The lines with the mean over models in place of each number."""
     def average(values):
         if isinstance(values[0], list):
             return [average(same) for same in zip(*values)]
+        if isinstance(values[0], dict):
+            return {key: average([value[key] for value in values]) for key in values[0]}
         return sum(values) / len(values)
     for same in zip(*tables):
         lines = [line for _, line in same]
@@ -243,7 +255,9 @@ def main():
     check_questions(parser, args)
     torch.set_num_threads(1)
     tables = [measure(Bench(folder), args.questions, args.seed) for folder in model_folders(args)]
-    report(list(over_models(tables)))
+    lines = list(over_models(tables))
+    report(lines)
+    report_over(lines)
     print(f"n = {args.questions} questions, {len(tables)} models, seed {args.seed}; gains are over "
           "T = 1; ± is half the 95% interval over questions (its mean over the models)")
 
