@@ -32,8 +32,9 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from experiments.results import read_log
-from experiments.tokens import (COMPARE, answer, gains, on_truth, read, report, report_over, shared,
-                                summary, sweep, usual, way_from, way_noise, way_steps)
+from experiments.tokens import (COMPARE, SHARES, answer, gains, on_truth, read, report, report_over,
+                                shared, summary, sweep, usual, way_from, way_noise, way_steps,
+                                way_told)
 from l2d import L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load, load_base, load_model, load_tensors,
@@ -161,8 +162,9 @@ class Bench:
         return self.measure(*way_steps(1), method="base", rows=rows)
 
 def choices(bench):
-    """([(name, line)] of the sweep, ways chosen by it): the best time for one evaluation on noise
-    and the best start for each T, by the share of tokens whose right one is the most likely."""
+    """([(name, line)] of the sweep, ways chosen by it): the best time for one evaluation on noise,
+    the best start for each T and the best time to tell, by the share of tokens whose right one is
+    the most likely."""
     base, lines = bench.base("choose"), []
     for name, way, settings in sweep(TIMES, STARTS):
         scores = bench.measure(name, way, settings, rows="choose")
@@ -174,6 +176,7 @@ def choices(bench):
     chosen = [best([way_noise(t) for t in TIMES])]
     for T in sorted({T for _, T in STARTS}):
         chosen.append(best([way_from(*pair) for pair in STARTS if pair[1] == T]))
+    chosen.append(best([way_told(share) for share in SHARES]))
     return [("T = 1, the base", summary(base, base)), *lines], chosen
 
 def plan(bench, args):

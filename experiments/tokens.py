@@ -26,6 +26,7 @@ from support.tiny import KINDS, SPECIAL, encode, questions
 TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the answer
 BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
 COMPARE = 15                                             # also against this T, on the same tokens
+SHARES = (0.1, 0.3)                                      # of t that the path is not told
 USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 
 # ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
@@ -79,6 +80,9 @@ def way_from(start, T):
     solver = "euler" if T == 2 else "midpoint"
     return f"T = {T} from t = {start}", usual, {"steps": T, "t_start": start, "solver": solver}
 
+def way_told(share):
+    return f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share}
+
 def sweep(times, starts):
     """Ways that only change the sampling, and T = 7, with which the last ones are compared. times
     are those of one evaluation on noise; starts: pairs of a start and a T."""
@@ -88,8 +92,7 @@ def sweep(times, starts):
         yield f"T = 7, end at t = {t}", usual, {"steps": 7, "t_end": t}
     for T in (3, 7):
         yield f"T = {T}, fresh noise", fresh_noise, {"steps": T}
-    for share in (0.1, 0.3):
-        yield f"T = 7, told t is {1 - share:.0%}", told_noisier, {"steps": 7, "share": share}
+    yield from map(way_told, SHARES)
 
 # ---- Answering -----------------------------------------------------------------------------------
 
