@@ -945,7 +945,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Losses [M] and times [M] of the labelled positions, row by row (`token_losses` above).
         Other positions do not pass through the path. ValueError: no label, or of another shape."""
         if torch.is_grad_enabled():
-            self.derived = None                       # an optimizer is about to change the weights
+            self.derived = None                     # an optimizer is about to change the weights
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)

@@ -35,6 +35,8 @@ from support.chats import render
 from support.console import check_numbers, console, load, load_model, load_tokenizer
 from support.tiny import KINDS, LABELS, questions
 
+# What a measurement does not set itself, so that no setting of one reaches the next.
+USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single evaluation
 
 # ---- Answering -----------------------------------------------------------------------------------
@@ -66,9 +68,7 @@ def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, **
     seeds = torch.arange(len(rows)) + seed * 1_000_003
     used = []
     if isinstance(model, L2D):
-        usual = {"solver": "midpoint", "velocity": "argmax", "guidance": 1.0, "t_start": 0.0,
-                 "t_end": None, "steps": 15}
-        model.config.update(usual | settings)
+        model.config.update(USUAL | {"steps": 15} | settings)
         names = model.config.class_names
         classes = torch.tensor([names.index(row["label"]) for row in rows]) if labels else None
         inputs |= {"seeds": seeds, "class_ids": classes}

@@ -13,9 +13,9 @@ import argparse
 
 import torch
 
-from experiments.evaluate import Bench
+from experiments.evaluate import USUAL, Bench
 from experiments.results import add_models, add_questions, check_questions, model_folders
-from experiments.tokens import USUAL, TinyTokens, on_truth
+from experiments.tokens import TinyTokens, on_truth
 from l2d import diffuse
 from support.console import check_numbers, console
 from support.tiny import KINDS

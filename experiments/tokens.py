@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from experiments.evaluate import Bench
+from experiments.evaluate import USUAL, Bench
 from experiments.results import add_models, add_questions, check_questions, model_folders
 from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, intervals, solve_fixed,
                  velocity)
@@ -27,7 +27,6 @@ TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the a
 BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
 COMPARE = 15                                             # also against this T, on the same tokens
 SHARES = (0.1, 0.3)                                      # of t that the path is not told
-USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 
 # ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
 # [B, N, V] and evaluations [B, N] -----------------------------------------------------------------

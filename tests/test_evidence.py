@@ -209,12 +209,13 @@ def test_hops_refuse_a_base_that_has_not_learnt(tmp_path, monkeypatch):
     assert not hops.base_folder(3).exists()
 
 
-def hops_model(method):
-    """A model whose path has been moved away from the base, and contexts of four questions."""
+def hops_model(method, moved=True):
+    """A model, its path moved away from the base or as it starts, and the context and the ways of
+    four questions."""
     torch.manual_seed(0)
     base = hops.new_base(hops.make_tokenizer())
     model = hops.new_model(method, base)
-    for p in model.path.parameters():
+    for p in model.path.parameters() if moved else ():
         torch.nn.init.normal_(p, std=0.1)
     prompts, ways = hops.questions(4, 0, [3], hops.make_tokenizer().get_vocab())
     return model, hops.read(model, prompts, torch.arange(4)), ways
@@ -262,11 +263,7 @@ def test_hops_on_noise_differ_in_what_the_path_sees_alone():
 @pytest.mark.parametrize("method", hops.LOSSES)
 def test_hops_can_learn_from_the_first_update_on(method):
     """Where x_t = 0, every weight would have a gradient of 0 at initialisation."""
-    torch.manual_seed(0)
-    tokenizer = hops.make_tokenizer()
-    model = hops.new_model(method, hops.new_base(tokenizer))
-    prompts, ways = hops.questions(4, 0, [3], tokenizer.get_vocab())
-    context = hops.read(model, prompts, torch.arange(4))
+    model, context, ways = hops_model(method, moved=False)
     hops.LOSSES[method](model.path, context, ways, 2, late=True).backward()
     assert model.path.output_weight[2].weight.grad.abs().max() > 0
 
