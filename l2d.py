@@ -422,30 +422,13 @@ def solve_adaptive(dxdt, x, first, t_end, tableau, atol, rtol, max_evaluations):
 
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
-def intervals(solver, steps):
-    """How many intervals T = `steps` evaluations make with a fixed-step solver. The answer takes
-    one more, so midpoint has T = 2n + 1. ValueError: no such T; it names the nearest."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
-    cost = len(TABLEAUS[solver].c)
-    below = steps - (steps - 1) % cost
-    if below != steps and not TABLEAUS[solver].error:
-        raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = "
-                         f"{cost}n + 1; the nearest are {below} and {below + cost}")
-    return (steps - 1) // cost
-
 def end_time(config):
     """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
     the end of an interval (c = 1) stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
+    if config.t_end is not None:
+        return config.t_end
     touches_end = TABLEAUS[config.solver].c[-1] == 1
-    t_end = config.t_end
-    if t_end is None:
-        t_end = 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
-    if not 0 < t_end <= 1 or (touches_end and t_end == 1):
-        limit = "below" if touches_end else "at most"
-        raise ValueError(f"t_end={t_end} is not possible with {config.solver}: it must be above 0 "
-                         f"and {limit} 1")
-    return t_end
+    return 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
@@ -454,10 +437,11 @@ def diffuse(path, context, steps=None, observe=None):
     With config.t_start > 0 (not in the paper) the first evaluation is at that time, where x_t is
     noise alone, so the LM has no vote of its own, and T = 1 is one evaluation of the path.
     observe(x_t, t, logits) is called at each evaluation."""
-    config = path.config
+    config, tableau = path.config, TABLEAUS[path.config.solver]
     steps = config.steps if steps is None else steps
+    check_steps(config.solver, steps)
+    n = (steps - 1) // len(tableau.c)   # intervals; the answer takes one evaluation more
     t_start, length = config.t_start, end_time(config) - config.t_start
-    n, tableau = intervals(config.solver, steps), TABLEAUS[config.solver]
     evaluate = path if tableau.error else path.at_shared_time   # adaptive: times differ by state
     steered = context                   # for the velocities; the answer is always of the class
     if config.guidance == 0:            # no class
@@ -628,6 +612,16 @@ KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name
                     "attn_implementation", "experts_implementation", "torch_dtype",
                     "_name_or_path", "_commit_hash"}
 
+def check_steps(solver, steps):
+    """ValueError: a fixed-step solver cannot make T = `steps` evaluations; names the nearest T."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps} must be a whole number, 1 or more (1 is the base model)")
+    cost = len(TABLEAUS[solver].c)                      # evaluations of an interval
+    below = steps - (steps - 1) % cost
+    if below != steps and not TABLEAUS[solver].error:
+        raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = "
+                         f"{cost}n + 1; the nearest are {below} and {below + cost}")
+
 def check_settings(s):
     """ValueError: names the first setting with an impossible value, and says what is possible."""
     def require(good, name, rule):
@@ -650,7 +644,11 @@ def check_settings(s):
     require(s.guidance >= 0, "guidance", "must be 0 or more")
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")
-    intervals(s.solver, s.steps)
+    check_steps(s.solver, s.steps)
+    touches_end = TABLEAUS[s.solver].c[-1] == 1             # where the velocity divides by 0
+    possible = s.t_end is None or 0 < s.t_end < 1 or (s.t_end == 1 and not touches_end)
+    limit = "below" if touches_end else "at most"
+    require(possible, "t_end", f"is not possible with {s.solver}: it must be above 0 and {limit} 1")
     require(0 <= s.t_start < end_time(s), "t_start", f"must lie in [0, {end_time(s):g})")
 
 # ---- Table 8's alternatives to LoRA --------------------------------------------------------------

@@ -35,9 +35,9 @@ from transformers.generation.streamers import BaseStreamer
 import l2d
 import sample as sample_script
 import train as train_script
-from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig, choose,
-                 diffuse, end_time, estimate, intervals, normal, solve_adaptive, solve_fixed,
-                 uniform)
+from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig,
+                 check_steps, choose, diffuse, end_time, estimate, normal, solve_adaptive,
+                 solve_fixed, uniform)
 from support import tiny
 from support.chats import load_data
 from support.trace import trace
@@ -306,23 +306,27 @@ def test_default_end_time(solver, sigma, expected):
     assert end_time(L2DConfig(**settings, t_end=0.5)) == 0.5
 
 
-@pytest.mark.parametrize("solver, steps, n", [
-    ("euler", 15, 14), ("midpoint", 15, 7), ("midpoint", 127, 63), ("rk4", 17, 4), ("rk4", 1, 0)])
-def test_steps_count_the_final_evaluation(solver, steps, n):
-    assert intervals(solver, steps) == n
+@pytest.mark.parametrize("solver, steps", [
+    ("euler", 15), ("midpoint", 15), ("midpoint", 127), ("rk4", 17), ("rk4", 1)])
+def test_steps_count_the_first_and_the_final_evaluation(solver, steps):
+    model, seen = tiny_l2d(solver=solver, steps=steps), []
+    context = model.read(torch.ones(1, 3, dtype=torch.bool), IDS[:1, :3])
+    _, used = diffuse(model.path, context, observe=lambda x, t, logits: seen.append(t))
+    assert len(seen) == steps and used.eq(steps).all()
+    assert seen[0] == 0 and seen[-1] == (end_time(model.config) if steps > 1 else 0)
 
 
 @pytest.mark.parametrize("solver, steps, nearest", [
     ("midpoint", 16, "15 and 17"), ("rk4", 16, "13 and 17"), ("rk4", 3, "1 and 5")])
 def test_impossible_steps_name_their_neighbours(solver, steps, nearest):
     with pytest.raises(ValueError, match=f"steps={steps}.*{solver}.*nearest are {nearest}"):
-        intervals(solver, steps)
+        check_steps(solver, steps)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, 3.0, True, "3"])
 def test_steps_must_be_a_whole_number(steps):
     with pytest.raises(ValueError, match=f"steps={steps} must be a whole number"):
-        intervals("euler", steps)
+        check_steps("euler", steps)
     with pytest.raises(ValueError, match=f"steps={steps} must be a whole number"):
         tiny_l2d()(IDS, steps=steps)
 

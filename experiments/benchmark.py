@@ -46,7 +46,7 @@ from experiments import memory
 from experiments.flops import path_linears, update_flops
 from experiments.naive import naive_logits, naive_loss, naive_token
 from experiments.shapes import SHAPES
-from l2d import IGNORE, L2D, L2DConfig, diffuse, initial_noise, intervals
+from l2d import IGNORE, L2D, L2DConfig, check_steps, diffuse, initial_noise
 from support.chats import read_rows, turns
 from support.console import check_numbers, console, load_model, load_tokenizer, pick_device
 
@@ -90,7 +90,7 @@ def parse_args():
                   above_0=("batch", "context", "rounds", "drafts", "questions", "tokens"))
     args.steps = args.steps or ([3, 15, 127] if args.ahead else [1, 3, 15, 127])
     for T in args.steps:
-        intervals("midpoint", T)                         # ValueError before the measurements
+        check_steps("midpoint", T)                       # ValueError before the measurements
     cuda = pick_device(args.device).startswith("cuda")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 from experiments import harness
 from experiments.results import (add_models, add_questions, append_line, check_questions, interval,
                                  model_folders, read_log, student)
-from l2d import ANSWER, L2D, TABLEAUS, VELOCITIES, gumbel, intervals
+from l2d import ANSWER, L2D, TABLEAUS, VELOCITIES, check_steps, gumbel
 from support.chats import render
 from support.console import check_numbers, console, load, load_model, load_tokenizer
 from support.tiny import KINDS, LABELS, questions
@@ -326,7 +326,7 @@ def main():
     if args.tasks:
         return harness.evaluate(args, model_folders(args))
     for T in args.steps:
-        intervals(args.solver or "midpoint", T)          # ValueError before the measurements
+        check_steps(args.solver or "midpoint", T)        # ValueError before the measurements
     torch.set_num_threads(1)                             # more would only wait for each other
     lines = report([table(bench, args) for bench in benches(args)])
     if args.figure:

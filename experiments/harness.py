@@ -38,7 +38,7 @@ import transformers
 from transformers import GenerationConfig
 
 from experiments.results import add_models, append_line, interval, model_folders
-from l2d import TABLEAUS, intervals
+from l2d import TABLEAUS, check_steps
 from support.chats import DATE, read_rows
 from support.console import check_numbers, console, load_model, load_tokenizer, pick_device
 
@@ -215,7 +215,7 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", b
     benchmarks.jsonl. ImportError, OSError, ValueError: a package, a file, a row or a setting that
     is not there or not as it should be."""
     for T in steps:
-        intervals(solver, T)
+        check_steps(solver, T)
     found, lines = load_tasks(tasks, shots, run_generated_code), []
     versions = {package.__name__: package.__version__
                 for package in (torch, transformers, import_harness())}

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 from experiments.evaluate import USUAL, Bench
 from experiments.results import add_models, add_questions, check_questions, model_folders
-from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, intervals, solve_fixed,
-                 velocity)
+from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity)
 from support.console import check_numbers, console
 from support.tiny import KINDS, SPECIAL, encode, questions
 
@@ -64,7 +63,7 @@ def told_noisier(path, context, targets, share, steps):
         return velocity(path, evaluate(x, t), x, t, context)
     x = initial_noise(path.config, context)
     first = velocity(path, context.logits(context.hidden), x, 0.0, context)
-    x = solve_fixed(dxdt, x, first, 1.0, intervals("midpoint", steps), TABLEAUS["midpoint"])
+    x = solve_fixed(dxdt, x, first, 1.0, (steps - 1) // 2, TABLEAUS["midpoint"])
     return evaluate(x, 1.0), torch.full_like(targets, steps)
 
 # ---- What to try: (name, way, settings) ----------------------------------------------------------
