@@ -830,15 +830,28 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             position_ids = past + torch.arange(S, device=device)
         position_ids = position_ids.expand(B, S)
         hidden = self.run_base(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        rows, columns = torch.arange(B, device=device)[:, None], self.kept_columns(keep)
+        # The kept columns of each row, [B, N]. A row with fewer than N gets others at its end.
+        N, rows = int(keep.sum(1).max()), torch.arange(B, device=device)[:, None]
+        columns = keep.int().argsort(dim=1, descending=True, stable=True)[:, :N]
         return self.context(hidden[rows, columns], past + columns, position_ids[rows, columns],
                             keep[rows, columns], cache, attention_mask, class_ids, seeds)
 
-    @staticmethod
-    def kept_columns(keep):
-        """The kept columns of each row, [B, N]. A row with fewer than N gets others at its end."""
-        N = int(keep.sum(1).max())
-        return keep.int().argsort(dim=1, descending=True, stable=True)[:, :N]
+    def read_labelled(self, input_ids, labels, attention_mask=None, position_ids=None,
+                      class_ids=None, seeds=None):
+        """The Context of the labelled positions and their targets, int64 [B, N], −100 in filler.
+        ValueError: no label, or labels of another shape."""
+        if input_ids is None or labels.shape != input_ids.shape:
+            raise ValueError("labels need input_ids of the same shape")
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        keep = following != IGNORE
+        if not keep.any():
+            raise ValueError(f"every label after the first position is {IGNORE}: there is nothing "
+                             "to learn from this batch")
+        context = self.read(keep, input_ids, attention_mask, position_ids, class_ids=class_ids,
+                            seeds=seeds)
+        targets = torch.full_like(context.positions, IGNORE)
+        targets[context.valid] = following[keep].long()     # both are in the order of the text
+        return context, targets
 
     def context(self, hidden, columns, positions, valid, cache, attention_mask=None,
                 class_ids=None, seeds=None):
@@ -944,16 +957,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         Other positions do not pass through the path. ValueError: no label, or of another shape."""
         if torch.is_grad_enabled():
             self.derived = None                     # an optimizer is about to change the weights
-        if input_ids is None or labels.shape != input_ids.shape:
-            raise ValueError("labels need input_ids of the same shape")
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        keep = targets != IGNORE
-        if not keep.any():
-            raise ValueError(f"every label after the first position is {IGNORE}: there is nothing "
-                             "to learn from this batch")
-        context = self.read(keep, input_ids, attention_mask, position_ids, class_ids=class_ids,
-                            seeds=seeds)
-        targets = targets.gather(1, self.kept_columns(keep)).long()
+        context, targets = self.read_labelled(input_ids, labels, attention_mask, position_ids,
+                                              class_ids, seeds)
         return token_losses(self.path, context, targets)
 
     @staticmethod

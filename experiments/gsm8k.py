@@ -179,8 +179,9 @@ def choices(bench):
     chosen.append(best([way_told(share) for share in SHARES]))
     return [("T = 1, the base", summary(base, base)), *lines], chosen
 
-def plan(bench, args):
-    """(name, way, settings, method) of all that is measured on the rows for the figures."""
+def plan(args, chosen):
+    """(name, way, settings, method) of all that is measured on the rows for the figures; `chosen`
+    are the ways that the other rows have chosen."""
     yield *way_steps(1), "base"
     for method in ("lora", "full"):
         if method in args.methods:
@@ -190,7 +191,7 @@ def plan(bench, args):
     for T in args.steps:
         yield *way_steps(T), "l2d"
     if not args.only_steps:
-        for way in choices(bench)[1]:
+        for way in chosen:
             yield *way, "l2d"
         for solver, tolerance in ADAPTIVE:
             yield (f"{solver}, {tolerance:g}", usual,
@@ -200,18 +201,17 @@ def plan(bench, args):
 
 def measure(args):
     """All lines {"rows", "name", ..}, in the order of the table."""
-    bench, lines = Bench(args), []
-    for name, way, settings, method in list(plan(bench, args)):
+    bench, lines, swept, chosen = Bench(args), [], [], []
+    if "l2d" in args.methods and not args.only_steps:
+        swept, chosen = choices(bench)
+    training = {"seed": 0, "updates": args.updates}
+    for name, way, settings, method in plan(args, chosen):
         scores = bench.measure(name, way, settings, method)
-        line = {"rows": "test", "name": name, "seed": 0, "updates": args.updates}
-        line |= summary(*shared(scores, bench.base()))
+        line = {"rows": "test", "name": name} | training | summary(*shared(scores, bench.base()))
         if method == "l2d" and COMPARE in args.steps:
             line["over"] = gains(scores, bench.measure(*way_steps(COMPARE)))
         lines.append(line)
-    if "l2d" in args.methods and not args.only_steps:
-        lines += [{"rows": "choose", "name": name, "seed": 0, "updates": args.updates} | line
-                  for name, line in choices(bench)[0]]
-    return lines
+    return lines + [{"rows": "choose", "name": name} | training | line for name, line in swept]
 
 def keep(lines):
     """Put lines into the table of this repository, in the place of earlier ones of that name."""

@@ -14,11 +14,10 @@ import argparse
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from experiments.evaluate import USUAL, Bench
 from experiments.results import add_models, add_questions, check_questions, model_folders
-from l2d import (IGNORE, TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity)
+from l2d import TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity
 from support.console import check_numbers, console
 from support.tiny import KINDS, SPECIAL, encode, questions
 
@@ -96,10 +95,8 @@ def sweep(times, starts):
 
 def read(model, input_ids, labels, attention_mask=None, seeds=None):
     """(context, right tokens [B, N]) of the labelled positions; the seeds tell examples apart."""
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    keep = targets != IGNORE
-    context = model.read(keep, input_ids, attention_mask, seeds=seeds)
-    return context, targets.gather(1, model.kept_columns(keep)).clamp(min=0)
+    context, targets = model.read_labelled(input_ids, labels, attention_mask, seeds=seeds)
+    return context, targets.clamp(min=0)
 
 @torch.no_grad()
 def answer(path, context, targets, way, settings):

@@ -10,7 +10,6 @@ import os
 import pickle
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from l2d import L2D, L2DConfig
 from support import tiny
 from support.trace import trace
 from test_convert import Trap, make, release_state_dict
+from test_ecosystem import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,20 +85,9 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def call(script, args, monkeypatch, capsys):
+def call(script, args, capsys):
     """Run a script in this process: its exit code, and all it wrote to stderr as lines."""
-    monkeypatch.setattr(sys, "argv", [script, *args])
-    handler, code = signal.getsignal(signal.SIGINT), 0
-    try:
-        if script.endswith(".py"):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        else:
-            runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    err = capsys.readouterr().err
+    code, err = run(script, *args), capsys.readouterr().err
     if isinstance(code, str):                            # sys.exit(text) is exit code 1 with the text on stderr
         code, err = 1, err + "\n" + code
     return code, err.replace("\r", "\n").splitlines()
@@ -428,13 +417,13 @@ SCRIPTS = {                                              # name: (what is spoilt
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts(name, here, monkeypatch, capsys):
+def test_scripts(name, here, capsys):
     spoil, (script, *args), expected, texts = SCRIPTS[name]
     if "--figure" in args:
         pytest.importorskip("matplotlib")                # experiments/requirements.txt
     spoil()
     before = contents(here)
-    code, lines = call(script, args, monkeypatch, capsys)
+    code, lines = call(script, args, capsys)
     check(code, lines, expected, script, texts)
     assert contents(here) == before
     for end in ("trapped", "new"):
@@ -458,17 +447,17 @@ def test_a_terminal_without_the_characters_of_an_answer(here):
 
 @pytest.mark.parametrize("script, args", [(TRAIN[0], TRAIN[1:]), (SAMPLE[0], SAMPLE[1:]), (EVALUATE[0], EVALUATE[1:]), (CONVERT[0], CONVERT[1:]),
                                           (RESUME[0], RESUME[1:]), (TRAIN[0], [*TRAIN[1:], "--label-column", "label"])])
-def test_what_is_right_goes_through(script, args, here, monkeypatch, capsys):
+def test_what_is_right_goes_through(script, args, here, capsys):
     """The commands that the table spoils are good ones."""
-    assert call(script, args, monkeypatch, capsys)[0] == 0
+    assert call(script, args, capsys)[0] == 0
 
 
 @pytest.mark.parametrize("log", ['{"step": 1}\n[1]\n', "\0" * 100 + "\n", ""])
-def test_a_damaged_log_does_not_stop_a_run(log, here, monkeypatch, capsys):
+def test_a_damaged_log_does_not_stop_a_run(log, here, capsys):
     """It is written, and never read."""
     Path("run/log.jsonl").write_text(log)
     before = Path("run/model.safetensors").read_bytes()
-    assert call(RESUME[0], RESUME[1:], monkeypatch, capsys)[0] == 0
+    assert call(RESUME[0], RESUME[1:], capsys)[0] == 0
     assert Path("run/model.safetensors").read_bytes() == before
 
 
