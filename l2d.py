@@ -1,24 +1,26 @@
 """L2D: large language models to diffusion finetuning (Cetin, Zhao, Tang, ICML 2025), in one file.
 
-A causal LM spends the same work on every token. L2D freezes the LM (the *main path*) and gives it
-a second way through the same layers, the *diffusion path*, which adds only LoRA weights. It starts
-a token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation the path sees
-the state x_t, the LM predicts a token from it, and the velocity points from x_t to that token.
+A causal LM spends the same work on every token. L2D freezes the LM (the *main path*) and trains a
+second way through the same layers, the *diffusion path*: LoRA updates of the LM's weights and a few
+small layers of its own. It starts a token from noise x_0 and integrates an ODE from t = 0 to t = 1.
+At each evaluation the path sees the state x_t, the LM predicts a token from it, and the velocity
+points from x_t to that token.
 
   tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
                                                                   │                     │
                                                                   ▼                     ▼
   x_t ──► rescale, MLP ──► f ──► blocks i: cross attention, MLP ──► f ──► hidden + (w(t) − w(0))·f
-   ▲         ▲                    ▲ LM's weights + LoRA                     ▲           │
-   │         │                    │ scale, shift, gate                      │           ▼
+   ▲         ▲                   (the LM's weights + LoRA)                  ▲           │
+   │         │                    ▲ scale, shift, gate                      │           ▼
    │         └──────── time t ────┴──── and class ──────────────────────────┘   LM's norm and head
    │                                                                                    │
    └───── x_t + h·(x̂ − x_t)/(1 − t) ◄───── x̂ = x_1(predicted token) ◄───── logits ◄─────┘
 
 The diffusion token at position k stands for the next token, the one the LM predicts at k. It sees
 the main path at positions 0..k and no other diffusion token. `steps`, the paper's T, counts the
-evaluations per token. The first, at t = 0, gives the LM's own logits, since the path's weight
-w(0) − w(0) is 0 there. The last gives the answer. T = 1 has only the first: the untouched LM.
+evaluations per token: all but the last give velocities, and the last gives the answer. The first,
+at t = 0, gives the LM's own logits, since the path's weight w(0) − w(0) is 0 there. With T = 1 it
+is also the last, so the answer is that of the untouched LM.
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -32,10 +34,10 @@ w(0) − w(0) is 0 there. The last gives the answer. T = 1 has only the first: t
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
   w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
 
-Shapes: B rows, N queried positions in each, S tokens, L cached keys, D hidden size, d diffusion
-dimension, C size of the conditioning, V vocabulary; heads of size E: H of queries, K of keys, and
-G = H / K queries for each key head. Part I is the method. Part II turns it into a causal LM that
-loads, generates and saves.
+Shapes: B rows of S tokens; N diffusion tokens in each (one per learnt token in training, one in
+generation); L cached keys, D hidden size, d diffusion dimension, C size of the conditioning,
+V vocabulary; heads of size E: H of queries, K of keys, and G = H / K queries for each key head.
+Part I is the method. Part II turns it into a causal LM that loads, generates and saves.
 """
 
 import copy
@@ -62,7 +64,7 @@ class Linear(nn.Linear):
     Weights are trained in float32 and cast here, so a bfloat16 LM keeps bfloat16 activations."""
 
     def forward(self, x):
-        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 class LoRALinear(nn.Module):
@@ -83,8 +85,8 @@ class LoRALinear(nn.Module):
 
 def time_features(t, size):
     """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size].
-    On [0, 1] most sines are nearly linear and most cosines nearly 1. So it is in the authors' code,
-    called the release below."""
+    For t in [0, 1] most of them hardly vary. The authors' code, "the release" below, has the
+    same ones."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
@@ -128,8 +130,8 @@ class Context:
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
     masks: list                         # per block [B, 1, N·G, L]  0 where visible, else −inf
-    seeds: torch.Tensor                 # [B, N]  seed of the row
-    positions: torch.Tensor             # [B, N]  seed and position determine the noise
+    seeds: torch.Tensor                 # [B, N]  of the row; the noise is a hash of seed and
+    positions: torch.Tensor             # [B, N]  position
     class_ids: torch.Tensor | None      # [B, N]  None for a model without classes
     valid: torch.Tensor                 # [B, N]  False for filler, in rows with fewer than N
 
@@ -157,13 +159,14 @@ def rotate(q, cos, sin):
 
 class Block(nn.Module):
     """One layer of the LM as the diffusion path uses it: cross attention to the main path's keys
-    and values, then the MLP. Its five linear layers are the LM's with a LoRA update each (or the
-    path's own: `path_linear` in Part II). Time and class set the scales, shifts and gates."""
+    and values, then the MLP. Its five linear layers are the LM's, each with a LoRA update. Time and
+    class set the scales, shifts and gates."""
 
     def __init__(self, layer, config):
         super().__init__()
         C, D = config.cond_dim, config.text_config.hidden_size
         self.adaLN_modulation = mlp(C, C, 6 * D)
+        # A LoRALinear each. (Or a trained copy, with config.path = "full": Part II.)
         self.q_proj = path_linear(layer.self_attn.q_proj, config)
         self.o_proj = path_linear(layer.self_attn.o_proj, config)
         self.gate_proj = path_linear(layer.mlp.gate_proj, config)
@@ -171,16 +174,17 @@ class Block(nn.Module):
         self.down_proj = path_linear(layer.mlp.down_proj, config)
 
     def forward(self, f, modulation, context, i):
-        """f [B, N, D], modulation [B, N, 6D] (or a shape that broadcasts) -> [B, N, D]."""
+        """f [B, N, D], modulation [B, N, 6D], or [1, 1, 6D] if shared -> [B, N, D]."""
         layer = context.layers[i]
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
         n = modulate(f, layer.input_layernorm, scale_1, shift_1)                # [B, N, D]
         f = f + gate_1 * self.attention(n, layer.self_attn, context, i)         # [B, N, D]
         n = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)       # [B, N, D]
-        return f + gate_2 * self.mlp(n, layer.mlp)                              # [B, N, D]
+        return f + gate_2 * self.feed_forward(n, layer.mlp)                     # [B, N, D]
 
     def attention(self, n, attn, context, i):
-        (B, N, _), keys = n.shape, context.keys[i]
+        keys = context.keys[i]
+        B, N, _ = n.shape
         q = self.q_proj(n, attn.q_proj).view(B, N, -1, attn.head_dim)           # [B, N, H, E]
         if hasattr(attn, "q_norm"):                                             # Qwen3
             q = attn.q_norm(q)
@@ -190,10 +194,11 @@ class Block(nn.Module):
         q = q.view(B, N, keys.shape[1], -1, attn.head_dim).transpose(1, 2)      # [B, K, N, G, E]
         a = F.scaled_dot_product_attention(
             q.flatten(2, 3), keys, context.values[i], context.masks[i], scale=attn.scaling)
+        # a is [B, K, N·G, E]: back to all heads of a position
         a = a.unflatten(2, (N, -1)).transpose(1, 2)                             # [B, N, K, G, E]
         return self.o_proj(a.flatten(2), attn.o_proj)                           # [B, N, D]
 
-    def mlp(self, n, lm_mlp):
+    def feed_forward(self, n, lm_mlp):
         gate = lm_mlp.act_fn(self.gate_proj(n, lm_mlp.gate_proj))               # [B, N, ffn]
         return self.down_proj(gate * self.up_proj(n, lm_mlp.up_proj), lm_mlp.down_proj)
 
@@ -218,18 +223,20 @@ class DiffusionPath(nn.Module):
 
     def initialize(self):
         """Xavier-uniform weights and zero biases; N(0, 0.02²) for the embeddings of time and class.
-        The last layer of every head is zero-initialised: the blocks start as the identity, the
-        path with weight 0. At first only the last layer of output_weight has a gradient."""
+        output_weight and every adaLN_modulation end in a zero-initialised layer: the path starts
+        with weight 0, its blocks as the identity. At first only output_weight's last layer has a
+        gradient."""
         for module in self.modules():
-            if type(module) is Linear:              # not the LM's copies (path="full")
+            if type(module) is Linear:              # and not a copy of the LM's layer (Part II)
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_embedder[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder[2].weight, std=0.02)
         if self.config.class_names:
             nn.init.normal_(self.class_embedder.weight, std=0.02)
-        for head in [self.output_weight, *(block.adaLN_modulation for block in self.blocks)]:
-            nn.init.zeros_(head[2].weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[2].weight)
+        nn.init.zeros_(self.output_weight[2].weight)
 
     def condition(self, t, class_ids):
         """Embedding of time, t [B, N, 1], plus that of the class: [B, N, C], or [B, 2N, C] with
@@ -246,18 +253,10 @@ class DiffusionPath(nn.Module):
         weight = self.output_weight(c) - self.output_weight(c_0)
         return [block.adaLN_modulation(c.to(dtype)) for block in self.blocks], weight
 
-    def forward(self, x_t, t, context):
-        """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> logits [B, N, V]."""
-        return context.logits(self.hidden(x_t, t, context))
-
-    def hidden(self, x_t, t, context):
-        """The same, up to the hidden state before the LM's final norm [B, N, D]."""
-        modulations, weight = self.modulations(t, context.class_ids, context.hidden.dtype)
-        return self.walk(self.embed(x_t, t, context), modulations, weight, context)
-
     def embed(self, x_t, t, context):
+        """The state as the first f: x_t [B, N, d] -> [B, N, D], or [B, 2N, D] with guidance."""
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
-        return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)    # [B, N, D], guided 2N
+        return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)
 
     def walk(self, f, modulations, weight, context):
         """Through the blocks and back into the LM, Eq. 6: hidden + (w(t) − w(0))·f, [B, N, D]."""
@@ -267,6 +266,16 @@ class DiffusionPath(nn.Module):
             else:
                 f = block(f, modulations[i], context, i)
         return (context.hidden + weight * f).to(f.dtype)
+
+    def hidden(self, x_t, t, context):
+        """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's
+        final norm [B, N, D]."""
+        modulations, weight = self.modulations(t, context.class_ids, context.hidden.dtype)
+        return self.walk(self.embed(x_t, t, context), modulations, weight, context)
+
+    def forward(self, x_t, t, context):
+        """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> logits [B, N, V]."""
+        return context.logits(self.hidden(x_t, t, context))
 
     # Part II has a faster version of the next two, which remembers what depends on weights alone.
 
@@ -281,13 +290,14 @@ class DiffusionPath(nn.Module):
 # ---- Loss (Section 2.2, Eq. 3) -------------------------------------------------------------------
 
 def initial_noise(config, context):
-    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. `normal` and `uniform` (Part II) hash
-    an address to random numbers: the row's seed, the position and the use (NOISE, TIME, ..)."""
+    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. `normal` and `uniform` (Part II) make
+    random numbers from the row's seed, the position and their use (NOISE, TIME, ..) alone. In
+    training, every row has another seed in every update."""
     return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
 
 def token_losses(path, context, targets):
-    """Cross entropy of every target at a random time: targets int64 [B, N] -> losses [M], times
-    [M] of the M valid positions, row by row. x_1 is not detached, so the loss trains W_v too."""
+    """Cross entropy of every target at a random time: targets int64 [B, N] -> losses [M] and, for
+    the log, times [M] of the M valid positions. x_1 is not detached, so the loss trains W_v too."""
     address, valid = (context.seeds, context.positions), context.valid
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
     if path.config.timesteps == "cosmap":           # arXiv:2403.03206, Section 3.1
@@ -295,7 +305,7 @@ def token_losses(path, context, targets):
     x_0 = initial_noise(path.config, context)                                   # [B, N, d]
     x_1 = path.vocabulary(context.embedding(targets.clamp(min=0)))    # [B, N, d]; −100 in fillers
     x_t = (1 - t) * x_0 + t * x_1
-    if context.class_ids is not None:               # one path learns both velocities of Eq. 7
+    if context.class_ids is not None:               # for guidance: learn "no class", too
         dropped = uniform(1, *address, DROP)[..., 0] < path.config.class_dropout
         context = replace(context, class_ids=context.class_ids.masked_fill(dropped, path.null))
     hidden = path.hidden(x_t, t, context)                                       # [B, N, D]
@@ -312,35 +322,37 @@ def cross_entropy(context, hidden, targets, chunk=1024):
 # ---- Velocity (Section 2.3, Eq. 4 and 8) and guidance (Section 3.2, Eq. 7) -----------------------
 
 def estimate(path, logits, t, context):
-    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]."""
+    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]. It is
+    the mean of all tokens (config.velocity = "expectation"), one that is drawn ("sample"), or the
+    most likely one ("argmax")."""
     table = path.table(context.embedding)
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
         # A draw from softmax(logits / tau) with tau = 1 − t: the argmax of logits + tau·Gumbel
-        # noise. (The release takes tau from the end of the interval.) The noise is hashed from t,
-        # too, as a whole number. So it is another one at every time, and the same at the same time.
+        # noise. (The release takes tau from the end of the interval.) The time, as a whole number,
+        # goes into the noise, so every time has a draw of its own.
         moment = (t[..., 0] * 2**24).long()
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1)
-    failed = ~value.isfinite()[..., None]           # max of NaN still gives a token: keep the NaN
+    failed = ~value.isfinite()[..., None]           # NaN must stay NaN; its max is a token, too
     return table[token].masked_fill(failed, math.nan)
 
 def velocity(path, logits, x, t, context):
     """dx/dt = (x̂ − x)/(1 − t), Eq. 4: x [B, N, d], logits [B, N, V], t [B, N, 1] or a float.
-    With guidance, logits [B, 2N, V] are those for the class, then for no class, at the same x.
-    There, mixing the two x̂ is mixing velocities: w·x̂(class) + (1 − w)·x̂(no class)."""
-    N, w = x.shape[1], path.config.guidance
+    With guidance, logits [B, 2N, V] are those for the class, then for no class. Both velocities
+    are at the same x and t, so mixing them is mixing the two x̂."""
+    N, guidance = x.shape[1], path.config.guidance
     times = (t + torch.zeros_like(x[..., :1])).repeat(1, logits.shape[1] // N, 1)
     x_hat = estimate(path, logits, times, context)
     if x_hat.shape[1] > N:
-        x_hat = w * x_hat[:, :N] + (1 - w) * x_hat[:, N:]
+        x_hat = guidance * x_hat[:, :N] + (1 - guidance) * x_hat[:, N:]
     return (x_hat - x) / (1 - t)
 
 # ---- Solvers (Algorithm 1, A.2) ------------------------------------------------------------------
 
-# A solver knows nothing but a function dxdt(x, t), with x [B, N, d], and its first value at t = 0.
+# A solver knows nothing but a function dxdt(x, t): x [B, N, d] and t a float or [B, N, 1].
 
 @dataclass(frozen=True)
 class Tableau:
@@ -377,21 +389,22 @@ def stages(dxdt, x, t, h, tableau, k_1):
         ks.append(dxdt(x + h * weighted_sum(a, ks), t + c * h))
     return ks
 
-def solve_fixed(dxdt, x, first, t_end, n, tableau):
-    """x at t_end, from x at 0, in n equal intervals. t is a float."""
-    h = t_end / n
+def solve_fixed(dxdt, x, t_start, t_end, n, tableau):
+    """x at t_end, from x at t_start, in n equal intervals."""
+    h = (t_end - t_start) / n
     for i in range(n):
-        t = i / n * t_end
-        k_1 = first if i == 0 else dxdt(x, t)
-        x = x + h * weighted_sum(tableau.b, stages(dxdt, x, t, h, tableau, k_1))
+        t = t_start + i / n * (t_end - t_start)
+        x = x + h * weighted_sum(tableau.b, stages(dxdt, x, t, h, tableau, dxdt(x, t)))
     return x
 
-def solve_adaptive(dxdt, x, first, t_end, tableau, atol, rtol, max_evaluations):
-    """x from 0 towards t_end. Each of the B·N states chooses its own intervals; t is [B, N, 1].
-    Returns x, the t reached (below t_end where the evaluations ran out) and the evaluations used
-    [B, N]: 1 for `first`, s − 1 for each try, 1 for a k_1 that is not known already."""
-    t = torch.zeros_like(x[..., :1])
-    h, used, k_1 = torch.full_like(t, min(0.05, t_end)), torch.ones_like(t), first
+def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations):
+    """x from t_start towards t_end. Each of the B·N states chooses its own intervals. Returns x,
+    the t reached (below t_end where the evaluations ran out), [B, N, 1], and the evaluations used
+    [B, N]: 1 for the first k_1; then, with s stages, s − 1 for each try, and 1 for the k_1 of the
+    next interval unless this try has it already."""
+    t = torch.full_like(x[..., :1], t_start)
+    h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
+    k_1 = dxdt(x, t_start)
     cost = len(tableau.c) - tableau.first_same_as_last      # of a try and the k_1 that follows
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states go along, never accepted.)
@@ -400,15 +413,16 @@ def solve_adaptive(dxdt, x, first, t_end, tableau, atol, rtol, max_evaluations):
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error, relative to the tolerance and as a root mean square over d, is at
-        # most 1. NaN counts as accepted: h becomes NaN, and the next try goes to t_end. The
-        # answer is checked for it.
+        # most 1. NaN is accepted, too: h becomes NaN, and the next try goes to t_end, instead of
+        # shrinking h for ever. `L2D.check_finite` then refuses the answer.
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
         accept = running & ~(error > 1)
         t_new = torch.where(h < t_end - t, t + h, t_end)    # t_end itself, not a rounding of it
         x, t = torch.where(accept, x_new, x), torch.where(accept, t_new, t)
-        # Scale h by 0.9·error^(−1/order), within [1, 10] after acceptance, else [0.2, 10].
+        # Scale h by 0.9·error^(−1/order): at most 10 times, not shorter after acceptance, and not
+        # below a fifth after rejection.
         factor = (0.9 * error ** (-1 / tableau.order)).clamp(max=10)
         h = h * torch.maximum(factor, torch.where(accept, 1.0, 0.2))
         # k_1 of the next interval, where the state has moved.
@@ -428,52 +442,51 @@ def end_time(config):
     if config.t_end is not None:
         return config.t_end
     touches_end = TABLEAUS[config.solver].c[-1] == 1
-    return 1 - min(1 / config.sigma, 0.05) if touches_end else 1.0
+    return max(1 - 1 / config.sigma, 0.95) if touches_end else 1.0
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
     """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps), and
     the evaluations used, int64 [B, N]. Adaptive solvers choose their own T, unless steps is 1.
-    With config.t_start > 0 (not in the paper) the first evaluation is at that time, where x_t is
-    noise alone, so the LM has no vote of its own, and T = 1 is one evaluation of the path.
+    config.t_start > 0 (not in the paper) starts at that time, with noise in place of x_t. Then the
+    first evaluation is one of the path as well, and so is the only one of T = 1.
     observe(x_t, t, logits) is called at each evaluation."""
     config, tableau = path.config, TABLEAUS[path.config.solver]
+    t_start, t_end = config.t_start, end_time(config)
     steps = config.steps if steps is None else steps
     check_steps(config.solver, steps)
-    n = (steps - 1) // len(tableau.c)   # intervals; the answer takes one evaluation more
-    t_start, length = config.t_start, end_time(config) - config.t_start
-    evaluate = path if tableau.error else path.at_shared_time   # adaptive: times differ by state
     steered = context                   # for the velocities; the answer is always of the class
     if config.guidance == 0:            # no class
         steered = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
     elif config.guidance != 1:          # both
         steered = context.with_null_class(path.null)
 
-    def seen(x, t, logits):
+    def predict(x, t, context):
+        """One evaluation."""
+        if torch.is_tensor(t):          # adaptive solvers: times differ by state
+            logits = path(x, t, context)
+        elif t == 0:                    # the path's weight is 0: the LM's own logits
+            logits = context.logits(context.hidden)
+        else:
+            logits = path.at_shared_time(x, t, context)
         if observe is not None:
             observe(x, t, logits[:, :x.shape[1]])
         return logits
 
-    def dxdt(x, t):                     # the solvers count t from t_start
-        t = t_start + t
-        return velocity(path, seen(x, t, evaluate(x, t, steered)), x, t, steered)
+    def dxdt(x, t):
+        return velocity(path, predict(x, t, steered), x, t, steered)
 
-    x, used = (1 - t_start) * initial_noise(config, context), torch.ones_like(context.positions)
-    if t_start == 0:                    # the LM's own logits, for every class
-        first_context, logits = context, context.logits(context.hidden)
-    else:
-        first_context = context if steps == 1 else steered
-        logits = path.at_shared_time(x, t_start, first_context)
-    seen(x, t_start, logits)
+    x = (1 - t_start) * initial_noise(config, context)
     if steps == 1:
-        return logits, used
-    first = velocity(path, logits, x, t_start, first_context)
+        return predict(x, t_start, context), torch.ones_like(context.positions)
     if tableau.error:
-        x, t, used = solve_adaptive(dxdt, x, first, length, tableau, config.atol, config.rtol,
+        x, t, used = solve_adaptive(dxdt, x, t_start, t_end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
     else:
-        x, t, used = solve_fixed(dxdt, x, first, length, n, tableau), length, used * (steps - 1)
-    return seen(x, t_start + t, evaluate(x, t_start + t, context)), used + 1
+        n = (steps - 1) // len(tableau.c)       # intervals; one evaluation is left for the answer
+        x, t = solve_fixed(dxdt, x, t_start, t_end, n, tableau), t_end
+        used = torch.full_like(context.positions, steps - 1)
+    return predict(x, t, context), used + 1
 
 # ==== Part II: a causal LM to the rest of the world ===============================================
 
@@ -868,7 +881,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             values=[layer.values for layer in layers],
             masks=self.masks(columns, layers[0].keys.shape[2], attention_mask),
             seeds=seeds.to(columns.device).long().expand(B)[:, None].expand(B, N),  # 64-bit hash
-            positions=positions,
+            positions=positions.long(),
             class_ids=self.check_classes(class_ids, B, N, columns.device), valid=valid)
 
     def masks(self, columns, length, attention_mask):

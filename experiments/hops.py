@@ -201,10 +201,9 @@ def unroll(path, context, n, carry=True):
         return seen[-1]
 
     def dxdt(x, t):
-        return velocity(path, evaluate(x, t), x, t, context)
-    x = initial_noise(path.config, context)
-    first = velocity(path, context.logits(context.hidden), x, 0.0, context)
-    x = solve_fixed(dxdt, x, first, 1.0, n, TABLEAUS["euler"])
+        logits = context.logits(context.hidden) if t == 0 else evaluate(x, t)
+        return velocity(path, logits, x, t, context)
+    x = solve_fixed(dxdt, initial_noise(path.config, context), 0.0, 1.0, n, TABLEAUS["euler"])
     evaluate(x, 1.0)
     return torch.cat(seen, dim=1)
 

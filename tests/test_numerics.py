@@ -487,13 +487,12 @@ def at(t, x):
 
 
 def fixed(velocity, x, t_end, n, solver):
-    return solve_fixed(velocity, x, velocity(x, 0.0), t_end, n, TABLEAUS[solver])
+    return solve_fixed(velocity, x, 0.0, t_end, n, TABLEAUS[solver])
 
 
 def adaptive(velocity, x, t_end, solver, tolerance, most):
-    """(x, t, evaluations); the one at t = 0 is the caller's, and counts."""
-    first, tableau = velocity(x, 0.0), TABLEAUS[solver]
-    return solve_adaptive(velocity, x, first, t_end, tableau, tolerance, tolerance, most)
+    """(x, t, evaluations)"""
+    return solve_adaptive(velocity, x, 0.0, t_end, TABLEAUS[solver], tolerance, tolerance, most)
 
 
 FIELDS = {
