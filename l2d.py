@@ -173,8 +173,11 @@ class Block(nn.Module):
         self.up_proj = path_linear(layer.mlp.up_proj, config)
         self.down_proj = path_linear(layer.mlp.down_proj, config)
 
-    def forward(self, f, modulation, context, i):
-        """f [B, N, D], modulation [B, N, 6D], or [1, 1, 6D] if shared -> [B, N, D]."""
+    def forward(self, f, c, context, i):
+        """f [B, N, D], embedding of time and class c [B, N, C] -> [B, N, D]. i: which layer."""
+        return self.modulated(f, self.adaLN_modulation(c.to(f.dtype)), context, i)
+
+    def modulated(self, f, modulation, context, i):
         layer = context.layers[i]
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
         n = modulate(f, layer.input_layernorm, scale_1, shift_1)                # [B, N, D]
@@ -246,32 +249,31 @@ class DiffusionPath(nn.Module):
             return c
         return c.repeat(1, class_ids.shape[1] // c.shape[1], 1) + self.class_embedder(class_ids)
 
-    def modulations(self, t, class_ids, dtype):
-        """All that time and class decide: each block's scales, shifts and gates [B, N, 6D], and
-        the weight w(t) − w(0), float32 [B, N, D]. At t = 0 it is exactly 0, for every class."""
+    def conditioning(self, t, class_ids):
+        """All that time and class decide: c, and the weight w(t) − w(0), float32 [B, N, D]. At
+        t = 0 the weight is exactly 0, for every class."""
         c, c_0 = self.condition(t, class_ids), self.condition(torch.zeros_like(t), class_ids)
-        weight = self.output_weight(c) - self.output_weight(c_0)
-        return [block.adaLN_modulation(c.to(dtype)) for block in self.blocks], weight
+        return c, self.output_weight(c) - self.output_weight(c_0)
 
     def embed(self, x_t, t, context):
         """The state as the first f: x_t [B, N, d] -> [B, N, D], or [B, 2N, D] with guidance."""
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
         return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)
 
-    def walk(self, f, modulations, weight, context):
+    def walk(self, f, c, weight, context):
         """Through the blocks and back into the LM, Eq. 6: hidden + (w(t) − w(0))·f, [B, N, D]."""
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and f.requires_grad:
-                f = checkpoint(block, f, modulations[i], context, i, use_reentrant=False)
+                f = checkpoint(block, f, c, context, i, use_reentrant=False)
             else:
-                f = block(f, modulations[i], context, i)
+                f = block(f, c, context, i)
         return (context.hidden + weight * f).to(f.dtype)
 
     def hidden(self, x_t, t, context):
         """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's
         final norm [B, N, D]."""
-        modulations, weight = self.modulations(t, context.class_ids, context.hidden.dtype)
-        return self.walk(self.embed(x_t, t, context), modulations, weight, context)
+        c, weight = self.conditioning(t, context.class_ids)
+        return self.walk(self.embed(x_t, t, context), c, weight, context)
 
     def forward(self, x_t, t, context):
         """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> logits [B, N, V]."""
@@ -707,6 +709,7 @@ class CachedPath(DiffusionPath):
                 merge_block(block, own, layer)
         if compiled is not None:
             self.walk = torch.compile(self.walk, **compiled)
+            self.walk_modulated = torch.compile(self.walk_modulated, **compiled)
 
     def at_shared_time(self, x_t, t, context):
         if t not in self.by_time:
@@ -714,13 +717,21 @@ class CachedPath(DiffusionPath):
             if context.class_ids is not None:               # once for every class
                 classes = torch.arange(self.null + 1, device=x_t.device)[None]
             time = torch.full((1, 1, 1), t, device=x_t.device)
-            self.by_time[t] = self.modulations(time, classes, context.hidden.dtype)
+            c, weight = self.conditioning(time, classes)
+            c = c.to(context.hidden.dtype)
+            self.by_time[t] = [block.adaLN_modulation(c) for block in self.blocks], weight
         modulations, weight = self.by_time[t]
         if context.class_ids is not None:
             modulations = [table[0, context.class_ids] for table in modulations]
             weight = weight[0, context.class_ids]
-        hidden = self.walk(self.embed(x_t, t, context), modulations, weight, context)
-        return context.logits(hidden)
+        f = self.embed(x_t, t, context)
+        return context.logits(self.walk_modulated(f, modulations, weight, context))
+
+    def walk_modulated(self, f, modulations, weight, context):
+        """`walk`, where each block's scales, shifts and gates are known."""
+        for i, block in enumerate(self.blocks):
+            f = block.modulated(f, modulations[i], context, i)
+        return (context.hidden + weight * f).to(f.dtype)
 
     def table(self, embedding):
         if self.rows is None:

@@ -652,13 +652,13 @@ def test_table_is_rebuilt_after_a_change_and_only_then(monkeypatch):
 def test_modulations_of_a_time_are_computed_once_and_again_after_a_change(config):
     model, calls = exact_l2d(**config), []
     head, x = model.path.blocks[1].adaLN_modulation, 4 * torch.randn(3, 1, 16)
-    monitored = DiffusionPath.modulations
+    monitored = DiffusionPath.conditioning
     g, own_times = None if config else torch.tensor([2, 0, 1]), torch.full((3, 1, 1), 0.3)
 
     def counted(self, t, *rest):
         calls.append(t.shape)
         return monitored(self, t, *rest)
-    DiffusionPath.modulations = counted
+    DiffusionPath.conditioning = counted
     try:
         for changes in (0, 1, 2):
             for _ in range(2):
@@ -669,7 +669,7 @@ def test_modulations_of_a_time_are_computed_once_and_again_after_a_change(config
             changed = model.path.t_embedder if changes else head
             next(changed.parameters()).add_(0.1)
     finally:
-        DiffusionPath.modulations = monitored
+        DiffusionPath.conditioning = monitored
 
 
 def test_casts_are_made_once_and_again_after_a_change(monkeypatch):
@@ -1371,12 +1371,13 @@ def test_a_late_start_goes_from_there_to_the_same_end(solver, last):
 @pytest.fixture
 def queries(monkeypatch):
     """The number of queries in every evaluation of the path."""
-    found, walk = [], DiffusionPath.walk
+    found, embed = [], DiffusionPath.embed
 
-    def counted(self, f, *rest):
+    def counted(self, *args):
+        f = embed(self, *args)
         found.append(f.shape[0] * f.shape[1])
-        return walk(self, f, *rest)
-    monkeypatch.setattr(DiffusionPath, "walk", counted)
+        return f
+    monkeypatch.setattr(DiffusionPath, "embed", counted)
     return found
 
 

@@ -24,7 +24,7 @@ def activations(lm, config, gradient_checkpointing=False, half=HALF):
     D, F, C = lm.hidden_size, lm.intermediate_size, config.cond_dim
     E = getattr(lm, "head_dim", None) or D // lm.num_attention_heads
     H = lm.num_attention_heads
-    given = half * (6 * D + D)                           # what a block starts from: modulation, f
+    given = half * D                                     # what a block starts from
     block = half * (6 * D + 4 * D + 3 * H * E + 4 * F + 5 * config.lora_rank + 3 * C)
     block += FLOAT * 6 * D                               # x, normalised x, gain + scale; two norms
     around = FLOAT * (2 * D + 12 * C + config.dim) + half * (2 * D + 2 * C + config.dim + 2 * E)
