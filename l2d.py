@@ -1037,7 +1037,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         are those of ahead=1, which drafts nothing: L2D's choice depends on the tokens before it,
         seed, position and class alone, and it is kept only if all tokens before it are L2D's, too.
         (One position and several are rounded differently, above all in bfloat16. That can turn a
-        near-tie.) Any token of eos_token_id, a list, ends the answer and is its last.
+        near-tie.) Any of the tokens eos_token_id ends the answer and is its last.
         Yields, for each round, the tokens that it gave and their evaluations: two lists. It
         takes one row, because rows would advance at different speeds. ValueError: several rows."""
         if len(input_ids) != 1 or ahead < 1:
@@ -1121,6 +1121,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then "
                              "load that yourself and pass it as base=")
         if base is None:
+            kwargs.setdefault("dtype", config.dtype)    # as in training
             base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
         model = cls(config, base)
         file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)

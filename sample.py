@@ -10,6 +10,7 @@ question gets the same answer alone, among others and with any --ahead, rounding
 
 import argparse
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from support import console
 from support.chats import read_rows, render
 from support.trace import print_trace, trace
 
-SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start")
+SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start", "dtype")
 EXAMPLES = ["What is 17 times 23?", "Write a haiku about noise.", "Why is the sky blue?"]
 
 def parse_args():
@@ -41,9 +42,10 @@ def parse_args():
     add = parser.add_argument_group("answers").add_argument
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--ahead", type=int, default=16, help="tokens drafted by the base and diffused together")
+    add("--ahead", type=int, default=16, help="diffused together: 1 token, the rest drafts")
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
     args = parser.parse_args()
     console.check_numbers(parser, vars(args), ["max_new_tokens", "ahead"], ["temperature"])
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
@@ -57,21 +59,25 @@ class Session:
         device = console.pick_device(args.device)
         self.args, self.evaluations, self.diffusions, self.seconds = args, [], 0, 0.0
         settings = {name: getattr(args, name) for name in SETTINGS}
+        if args.dtype is None:
+            del settings["dtype"]
         self.model = console.load_model(folder, **settings)
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
+        ends = self.model.generation_config.eos_token_id or []
+        self.ends = {self.tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
         if self.model.num_parameters() < 10_000_000:
             torch.set_num_threads(1)                     # more would only wait for each other
         names, self.class_ids = self.model.config.class_names, None
         if args.label in names:
             self.class_ids = torch.tensor([names.index(args.label)], device=device)
         elif args.label is not None:
-            known = ", ".join(names) or "no classes"
-            raise ValueError(f"label {args.label!r} is unknown; this model knows {known}")
+            raise ValueError(f"label {args.label!r} is unknown; this model knows "
+                             f"{', '.join(names) or 'no classes'}")
         self.model.to(device)
 
-    def answer(self, messages, number):
-        """Print the answer to a chat as it is written, and return it. The noise's seed is that of
-        the question's number, so it does not depend on which others are asked."""
+    def answer(self, messages):
+        """Print the answer to a chat as it is written, and return it. The noise depends on the text
+        and --seed alone, so not on which other questions are asked."""
         args, model, tokenizer = self.args, self.model, self.tokenizer
         if args.system:
             messages = [{"role": "system", "content": args.system}, *messages]
@@ -81,13 +87,13 @@ class Session:
         if room < 1:
             raise ValueError(f"the chat has {ids.shape[1]} tokens, but the model's context only "
                              f"{ids.shape[1] + room}: ask a shorter question, or begin anew")
-        ids, seeds = ids.to(model.device), torch.tensor([args.seed * 1_000_003 + number])
+        ids = ids.to(model.device)
+        seeds = torch.tensor([args.seed << 32 | zlib.crc32(text.encode())])
         if args.trace:
             print_trace(trace(model, ids, self.class_ids, seeds), tokenizer)
-        ends = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id)
         rounds = model.generate_ahead(
             ids, min(args.max_new_tokens, room), args.ahead, args.temperature,
-            eos_token_id=ends.view(-1).tolist(), seeds=seeds, class_ids=self.class_ids)
+            eos_token_id=self.ends, seeds=seeds, class_ids=self.class_ids)
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         start, answer = time.perf_counter(), []
         try:
@@ -118,17 +124,16 @@ def example_questions(model):
     return [[message["content"] for message in row["messages"]] for row in rows[:9]]
 
 def ask(session, questions):
-    for number, (question, right) in enumerate(questions):
+    for question, right in questions:
         print(f"> {question}    (right: {right})" if right else f"> {question}")
-        session.answer([{"role": "user", "content": question}], number)
+        session.answer([{"role": "user", "content": question}])
 
 def chat(session):
     """Questions from the terminal, until an empty line."""
     messages = []
     while question := input("> ").strip():
         messages.append({"role": "user", "content": question})
-        text = session.answer(messages, len(messages))
-        messages.append({"role": "assistant", "content": text})
+        messages.append({"role": "assistant", "content": session.answer(messages)})
 
 def main():
     args = parse_args()

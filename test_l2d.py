@@ -38,7 +38,7 @@ import train as train_script
 from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, choose, diffuse, end_time, estimate, normal, solve_adaptive,
                  solve_fixed, uniform)
-from support import tiny
+from support import chats, tiny
 from support.chats import load_data
 from support.trace import trace
 
@@ -2123,6 +2123,63 @@ def test_chats_are_split_into_turns(trained):
                 (first + "2<|end|><|user|>2*2<|end|><|assistant|>", "4<|end|>"),
                 ("<|user|>3*3<|end|><|assistant|>", "9<|end|>")]
     assert held_out == [] and sorted(texts) == expected
+
+
+def test_no_chat_is_learnt_and_held_out(tmp_path):
+    rows, tokenizer = [], tiny.make_tokenizer()
+    for n in range(40):
+        turns = [message for _ in range(3) for message in (
+            {"role": "user", "content": f"{n:02}*2"}, {"role": "assistant", "content": "4"})]
+        rows.append(json.dumps({"messages": turns}))
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    for n in (0, 10, 1000):
+        examples, held_out = load_data(str(tmp_path / "chats.jsonl"), tokenizer, validation=n)
+        learnt, known = ({tokenizer.decode(example["input_ids"])[8:10] for example in part}
+                         for part in (examples, held_out))
+        assert len(held_out) == min(n, 12) and not learnt & known
+        assert len(learnt | known) == 40 and len(examples) == 3 * len(learnt)
+
+
+@pytest.mark.parametrize("n, learnt", [(0, 12), (1, 12), (5, 12)])
+def test_a_test_split_is_held_out_in_examples(monkeypatch, n, learnt):
+    turns = [{"role": role, "content": "1"} for role in ("user", "assistant") * 2]
+    rows = [{"messages": turns}] * 6
+    monkeypatch.setattr(chats, "read_rows", lambda data: (rows, rows))
+    examples, held_out = load_data("smoltalk", tiny.make_tokenizer(), validation=n)
+    assert len(examples) == learnt and len(held_out) == n
+
+
+def test_a_short_run_leaves_the_warm_up(trained):
+    folder = trained[0]
+    where = STEPS.index("--warmup-steps")
+    options = [*STEPS[:where], *STEPS[where + 2:], "--max-steps", "20", "--batch-size", "2"]
+    run(*TRAIN, "--out", "short", *options, cwd=folder)
+    updates = [line for line in log(folder / "short") if "loss" in line]
+    assert updates[0]["lr"] == 5e-3 and updates[1]["lr"] == updates[2]["lr"] > updates[3]["lr"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_base_is_loaded_in_the_dtype_of_training(trained, tmp_path, dtype):
+    base = AutoModelForCausalLM.from_pretrained(trained[0] / "base", dtype=getattr(torch, dtype))
+    tiny_l2d(base=base).save_pretrained(tmp_path / "path")
+    assert L2D.from_pretrained(tmp_path / "path").base.dtype == base.dtype
+    other = L2D.from_pretrained(tmp_path / "path", dtype=torch.float64)
+    assert other.base.dtype == torch.float64
+
+
+def test_sampling_stops_at_the_end_of_training_and_at_that_of_the_base(trained, monkeypatch):
+    monkeypatch.chdir(trained[0])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--out", "whole", "--device", "cpu"])
+    from_pretrained = L2D.from_pretrained
+
+    def load(*args, **kwargs):
+        model = from_pretrained(*args, **kwargs)
+        model.generation_config.eos_token_id = ends
+        return model
+    monkeypatch.setattr(L2D, "from_pretrained", load)
+    own = tiny.make_tokenizer().eos_token_id
+    for ends, expected in ((None, {own}), (own, {own}), (7, {own, 7}), ([7, 8], {own, 7, 8})):
+        assert sample_script.Session(sample_script.parse_args()).ends == expected
 
 
 def test_tiny_questions_have_right_answers_and_a_held_out_tenth():

@@ -34,7 +34,8 @@ TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, c
             max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
 SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps")
-CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "shard")   # by --resume
+CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "shard", "lr", "min_lr",
+              "clip", "eval_every", "save_every")                # by --resume
 FLAG = dict(action=argparse.BooleanOptionalAction, default=False)
 
 def make_parser(description=__doc__):
@@ -45,7 +46,7 @@ def make_parser(description=__doc__):
     add("--data", default="smoltalk", help=".jsonl file or hub data set")
     add("--label-column", help="column with the class of a row: trains classes, for guidance")
     add("--max-length", type=int, default=2048, help="leave out examples of more tokens")
-    add("--validation", type=int, default=512, help="examples held out, at most a tenth of all")
+    add("--validation", type=int, default=512, help="examples held out, a tenth of all at most")
     add("--out", help="output folder; None: out/NAME-l2d")
     add("--resume", action="store_true", help="continue the run in --out, or else the last one")
     add = parser.add_argument_group("diffusion path").add_argument
@@ -54,16 +55,16 @@ def make_parser(description=__doc__):
     add("--cond-dim", type=int, default=256, help="size of the conditioning vector")
     add("--path", choices=PATHS, default="lora", help="LoRA, trained copies of layers, or new ones")
     add("--lora-rank", type=int, default=32, help="rank of the updates")
-    add("--lora-alpha", type=float, default=32.0, help="their scale, times the rank")
+    add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
     add("--timesteps", choices=TIMESTEPS, default="uniform", help="how t is drawn")
     add = parser.add_argument_group("optimisation (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
-    add("--epochs", type=float, default=1.0, help="passes over the data")
-    add("--batch-size", type=int, default=32, help="examples per update")
-    add("--micro-batch-size", type=int, default=4, help="of them at a time: fewer take less memory")
+    add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")
+    add("--batch-size", type=int, default=32, help="examples per update, over all processes")
+    add("--micro-batch-size", type=int, default=4, help="at a time, of each: fewer, less memory")
     add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end of the linear decay")
-    add("--warmup-steps", type=int, default=100, help="updates of linear warm-up")
+    add("--warmup-steps", type=int, help="linear warm-up; None: 100, a tenth of all at most")
     add("--weight-decay", type=float, default=0.01, help="of matrices")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of the new path, the data's order and the noise")
@@ -135,14 +136,20 @@ def build(args, make_model):
     labels = sorted({example["label"] for example in data} - {None})
     return make_model(args, base.to(args.device), labels), tokenizer, data, held_out
 
+def cost(pair):
+    """About what an (example, seed) costs: a token of the answer 3 times one of the prompt."""
+    return 3 * len(pair[0]["input_ids"]) - 2 * pair[0]["answer"]
+
 def micro_batches(batch, args, pad, model):
     """This process' share of (example, seed) pairs as the model's inputs, --micro-batch-size at a
-    time. Sorted by their cost (a token of the answer costs about 3 times), against padding."""
-    batch = sorted(batch, key=lambda pair: 3 * len(pair[0]["input_ids"]) - 2 * pair[0]["answer"])
-    batch, names = processes.share(batch), model.config.class_names
+    time. They are sorted by cost, against padding."""
+    batch, names = processes.share(sorted(batch, key=cost)), model.config.class_names
     for i in range(0, len(batch), args.micro_batch_size):
         examples, seeds = zip(*batch[i:i + args.micro_batch_size])
-        ids = torch.full((len(examples), max(len(e["input_ids"]) for e in examples)), pad)
+        width = max(len(e["input_ids"]) for e in examples)
+        if model.device.type == "cuda":                  # attention copies masks of other widths
+            width += -width % 16
+        ids = torch.full((len(examples), width), pad)
         labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
         for row, e in enumerate(examples):
             n = len(e["input_ids"])
@@ -174,7 +181,8 @@ def update(step, model, optimizer, data, args, pad):
     loss = processes.total(loss).item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RuntimeError(f"loss {loss}, gradient norm {norm} at step {step + 1}: lower --lr")
+        raise RuntimeError(f"loss {loss}, gradient norm {norm} at step {step + 1}: go on from the "
+                           f"last checkpoint with --resume --lr {args.lr / 2:g}")
     lr = learning_rate(step, args)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -211,8 +219,10 @@ def validate(model, data, args, pad, accuracies):
     return {name: value for name, value in result.items() if not math.isnan(value)}
 
 def save_checkpoint(step, model, optimizer, args):
-    """All that continues the run after `step` updates, in one file that replaces the last one; and
-    the path so far, to be tried with sample.py."""
+    """The first process writes all that continues the run after `step` updates, in one file that
+    replaces the last one; and the path so far, to be tried with sample.py."""
+    if rank() > 0:
+        return
     out, tensors = Path(args.out), {"step": torch.tensor(step)}
     tensors["log_size"] = torch.tensor((out / "log.jsonl").stat().st_size)
     for name, p in model.path.named_parameters():
@@ -259,6 +269,8 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     args = fill_in(args, kind)
     model, tokenizer, data, held_out = build(args, make_model)
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / args.batch_size)
+    if args.warmup_steps is None:
+        args.warmup_steps = min(100, args.max_steps // 10)
     parameters, pad = list(model.path.parameters()), tokenizer.pad_token_id or 0
     decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
     no_decay = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
@@ -267,12 +279,27 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
+    most = sorted([(example, 0) for example in data], key=cost)[-args.micro_batch_size * world():]
+    for inputs in micro_batches(most, args, pad, model):     # too little memory shows at once
+        model(**inputs, num_items_in_batch=1).loss.backward()
+    optimizer.zero_grad()
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
     log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
     stopped = processes.interrupts()
+    interrupted = stopped()
+
+    def due(every):
+        return step % every == 0 or step == args.max_steps
     with bar, open(log_file, "a", buffering=1) as log:
-        while step < args.max_steps and not stopped():
+        while not interrupted:
+            # The checkpoint comes first: validation may fail, and --resume begins with it.
+            if step > 0 and due(args.eval_every) and len(held_out) >= world():
+                result = {"step": step} | validate(model, held_out, args, pad, accuracies)
+                print(json.dumps(result), file=log)
+                bar.write(", ".join(f"{name} {round(value, 3)}" for name, value in result.items()))
+            if step == args.max_steps:
+                break
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args, pad)
             speed = line["tokens"] / (time.perf_counter() - start)
@@ -280,15 +307,10 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
             print(json.dumps(line), file=log)
             bar.update()
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
-            last = step == args.max_steps
-            if len(held_out) >= world() and (step % args.eval_every == 0 or last):
-                result = {"step": step} | validate(model, held_out, args, pad, accuracies)
-                print(json.dumps(result), file=log)
-                bar.write(", ".join(f"{name} {round(value, 3)}" for name, value in result.items()))
-            if step % args.save_every == 0 and not last:
-                from_first(lambda: save_checkpoint(step, model, optimizer, args))
-    from_first(lambda: save_checkpoint(step, model, optimizer, args))    # also after Ctrl-C
-    if step < args.max_steps:
+            interrupted = stopped() and step < args.max_steps
+            if interrupted or due(args.save_every) or due(args.eval_every):
+                save_checkpoint(step, model, optimizer, args)
+    if interrupted:
         print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
         sys.exit(130)
     from_first(lambda: finish(model, args, kind))

@@ -97,7 +97,7 @@ def rate(args):
     steps = max(10, args.steps // 10)
     code = start("--max-steps", steps, "--lr", 1e-3, "--out", "fast", *SMALL).wait()
     found, text = losses("fast"), Path("output").read_text()
-    stopped = code == 1 and "start anew with a lower --lr" in text and "Traceback" not in text
+    stopped = code == 1 and "--resume --lr" in text and "Traceback" not in text
     good = stopped or (code == 0 and all(map(math.isfinite, found)))
     return good, f"{len(found)} updates, loss {(found or [math.nan])[-1]:.3f}, exit code {code}"
 

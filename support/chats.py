@@ -108,13 +108,29 @@ def encode(rows, tokenizer, max_length, label_column, problems):
             examples.append(dict(input_ids=array("i", whole), answer=len(prompt), label=label))
     return examples
 
-def load_examples(rows, tokenizer, max_length, label_column, data):
-    """The examples of all rows. ValueError: none is usable, or none has a label."""
+def load_examples(rows, chosen, tokenizer, max_length, label_column):
+    """The examples of the rows with these numbers, and a Counter of what is wrong with others."""
     problems, examples = Counter(), []
-    for i in tqdm(range(0, len(rows), 1000), desc="chats, in thousands", disable=rank() > 0):
-        chunk = [rows[j] for j in range(i, min(i + 1000, len(rows)))]
+    for i in tqdm(range(0, len(chosen), 1000), desc="chats, in thousands",
+                  disable=rank() > 0 or not chosen):
+        chunk = [rows[j] for j in chosen[i:i + 1000]]
         examples += encode(chunk, tokenizer, max_length, label_column, problems)
-    for problem, count in problems.most_common():
+    return examples, problems
+
+def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512):
+    """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
+    "smoltalk". Held out are whole chats: up to `validation` examples, of a tenth of all rows at
+    most. ValueError: no row is usable, or none has a label."""
+    rows, test = read_rows(data)
+    chosen = permutation(len(rows), 0)
+    if test is None:
+        n, test = min(validation, len(rows) // 10), rows
+        held_out, chosen = chosen[:n], chosen[n:]
+    else:
+        held_out = permutation(len(test), 0)[:validation]
+    held_out, left_out = load_examples(test, held_out, tokenizer, max_length, label_column)
+    examples, problems = load_examples(rows, chosen, tokenizer, max_length, label_column)
+    for problem, count in (problems + left_out).most_common():
         print(f"left out {count:,} (of {len(rows):,} rows): {problem}")
     if not examples:
         reasons = "; ".join(problem for problem, _ in problems.most_common(3)) or "it is empty"
@@ -123,18 +139,7 @@ def load_examples(rows, tokenizer, max_length, label_column, data):
     if label_column and all(example["label"] is None for example in examples):
         columns = ", ".join(next(row for row in rows if isinstance(row, dict)))
         raise ValueError(f"no row of {data} has a label in {label_column!r}, but in {columns}")
-    return examples
-
-def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512):
-    """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
-    "smoltalk". Held out are `validation`, a tenth of all at most. ValueError: no row is usable."""
-    rows, test = read_rows(data)
-    examples = load_examples(rows, tokenizer, max_length, label_column, data)
-    if test is not None:
-        chosen = [test[i] for i in permutation(len(test), 0)[:validation]]
-        return examples, load_examples(chosen, tokenizer, max_length, label_column, data)
-    order, n = permutation(len(examples), 0), min(validation, len(examples) // 10)
-    return [examples[i] for i in order[n:]], [examples[i] for i in order[:n]]
+    return examples, held_out[:validation]
 
 @lru_cache(maxsize=4)
 def permutation(n, seed):

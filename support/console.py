@@ -38,6 +38,8 @@ def console(script):
         print("stopped")
         sys.exit(130)
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        if os.environ.get("L2D_TRACEBACK"):
+            raise
         sys.exit(f"{script}: error: {one_line(error)}{remedy(error)}")
 
 def one_line(error, most=1000):
@@ -54,7 +56,7 @@ def remedy(error):
         return ": another process of this run has ended. Continue with --resume, on any number"
     if getattr(error, "errno", None) == errno.ENOSPC:
         return ": make room, then start again (train.py: with --resume)"
-    return ""
+    return " (L2D_TRACEBACK=1 shows where)" if isinstance(error, RuntimeError) else ""
 
 @contextmanager
 def loading(what, name):

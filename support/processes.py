@@ -75,13 +75,15 @@ def add_gradients(parameters):
         p.grad.copy_(grad.view_as(p))
 
 def interrupts():
-    """A function that says whether Ctrl-C came, to any process: so no update is cut in two."""
+    """A function that says whether Ctrl-C or SIGTERM (what clusters send before they stop a job)
+    came, to any process: so no update is cut in two."""
     seen = []
     def handler(number, frame):
         seen.append(number)
         if world() == 1:                                 # a second one ends the script at once;
-            signal.signal(signal.SIGINT, signal.SIG_DFL)     # torchrun passes each on twice
-    signal.signal(signal.SIGINT, handler)
+            signal.signal(number, signal.SIG_DFL)        # torchrun passes each on twice
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
     return lambda: total(torch.tensor(len(seen))).item() > 0
 
 def sharded(base, device):

@@ -8,6 +8,7 @@ kill -9 is a real one; experiments/soak.py does the same to runs started as user
 import ctypes
 import errno
 import json
+import math
 import os
 import random
 import runpy
@@ -313,6 +314,74 @@ def test_ctrl_c_saves_and_says_how_to_continue(whole):
         assert load_tokenizer(f"{folder}/so-far") and so_far(torch.arange(9)[None], steps=3).logits.isfinite().all()
         assert all(torch.equal(p, tensors[f"path.{name}"]) for name, p in so_far.path.named_parameters())
         assert wait(resume(folder)) == 0 and result(folder) == whole[0] and not Path(folder, "so-far").exists()
+
+
+def test_sigterm_saves_too(whole):
+    pid = start(*RUN, "--save-every", 1000, "--eval-every", 1000, "--out", "term")
+    log = Path("term/log.jsonl")
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGTERM)
+    assert wait(pid) == 130, output()
+    assert 2 <= step_of("term") < STEPS and "continue with --resume" in output()
+
+
+@pytest.mark.parametrize("failing", [4, STEPS])
+def test_a_validation_that_fails_costs_no_update(whole, failing):
+    """It may need more memory than training. The resumed run begins with that validation."""
+    def before():
+        done, real = [], L2D.eval
+
+        def fail(self):                                  # where `validate` begins
+            done.append(1)
+            if 4 * len(done) == failing:
+                raise torch.OutOfMemoryError("no room")
+            return real(self)
+        L2D.eval = fail
+    text = run(*RUN, "--save-every", 1000, "--out", f"invalid-{failing}", code=1, before=before)
+    assert "no room" in text and "--micro-batch-size" in text and step_of(f"invalid-{failing}") == failing
+    assert wait(resume(f"invalid-{failing}")) == 0 and result(f"invalid-{failing}") == whole[0]
+
+
+def test_too_little_memory_shows_before_anything_is_written(whole):
+    def before():
+        real = L2D.forward
+
+        def forward(self, input_ids=None, **kwargs):
+            if len(input_ids) == 4 and kwargs["labels"] is not None:
+                raise torch.OutOfMemoryError("no room")
+            return real(self, input_ids, **kwargs)
+        L2D.forward = forward
+    text = run(*RUN, "--out", "large", code=1, before=before)
+    assert "no room" in text and not Path("large").exists()
+
+
+def test_a_run_that_diverges_goes_on_with_a_lower_rate(whole):
+    def before():
+        clip = torch.nn.utils.clip_grad_norm_
+
+        def spoil(parameters, most):
+            norm = clip(parameters, most)
+            return norm * math.nan if Path("nan/checkpoint.safetensors").exists() else norm
+        torch.nn.utils.clip_grad_norm_ = spoil
+    text = run(*RUN, "--save-every", 2, "--out", "nan", code=1, before=before)
+    assert "gradient norm nan at step 3" in text and "--resume --lr 0.005" in text
+    run("--resume", "--out", "nan", "--lr", 0.005)
+    lines = [line for line in result("nan")[2] if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[1]["lr"] == 0.01 and lines[2]["lr"] == 0.005
+    assert json.loads(Path("nan/args.json").read_text())["lr"] == 0.005
+
+
+def test_a_traceback_on_request(whole, monkeypatch):
+    def before():
+        torch.nn.utils.clip_grad_norm_ = lambda *args: torch.zeros(2, 3).mm(torch.zeros(2, 3))
+    monkeypatch.delenv("L2D_TRACEBACK", raising=False)
+    text = run(*RUN, "--out", "bug", code=1, before=before)
+    assert "L2D_TRACEBACK=1" in text
+    monkeypatch.setenv("L2D_TRACEBACK", "1")
+    assert wait(start(*RUN, "--out", "bug-2", before=before)) == 1
+    assert "Traceback" in output() and "test_faults.py" in output()
 
 
 def test_ctrl_c_before_the_first_update(whole):
