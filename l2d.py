@@ -1029,7 +1029,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     # Thinking ahead
 
     @torch.no_grad()
-    def generate_ahead(self, input_ids, max_new_tokens, ahead=16, temperature=1.0, eos_token_id=(),
+    def generate_ahead(self, input_ids, max_new_tokens, ahead=8, temperature=1.0, eos_token_id=(),
                        seeds=None, class_ids=None):
         """Generate after input_ids [1, S], several tokens at once. In each round the LM drafts up
         to ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the

@@ -42,7 +42,7 @@ def parse_args():
     add = parser.add_argument_group("answers").add_argument
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--ahead", type=int, default=16, help="diffused together: 1 token, the rest drafts")
+    add("--ahead", type=int, default=8, help="diffused together: 1 token, the rest drafts")
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
