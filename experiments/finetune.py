@@ -7,6 +7,7 @@
 Either writes an ordinary checkpoint folder, so `python train.py --model THAT_FOLDER` then trains
 L2D on top of it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -46,8 +47,8 @@ def replace_modules(model, kind, make):
 
 class Finetuned(nn.Module):
     """A causal LM that trains weights of its own, with what train.py needs of an L2D: `path` holds
-    the trained parameters, float32 ("full" computes with them in bfloat16 on CUDA). The loss is the
-    cross-entropy of the labelled tokens. ValueError: a quantised base."""
+    the trained parameters, float32. It computes in the base's dtype: for "full" by autocast. The
+    loss is the cross-entropy of the labelled tokens. ValueError: a quantised base."""
 
     def __init__(self, base, method, rank, alpha, gradient_checkpointing=False):
         super().__init__()
@@ -56,6 +57,8 @@ class Finetuned(nn.Module):
                              "path with train.py, or take another base")
         self.base, self.full = base.requires_grad_(method == "full"), method == "full"
         self.config = SimpleNamespace(class_names=[])        # labels are ignored
+        half = self.full and base.dtype == torch.bfloat16
+        self.autocast = partial(torch.autocast, base.device.type, torch.bfloat16, half)
         if self.full:
             self.path = base.float()
         else:
@@ -78,15 +81,17 @@ class Finetuned(nn.Module):
 
     def hidden(self, keep, input_ids, attention_mask):
         """Hidden states [M, D] at the positions `keep` [B, S]."""
-        half = self.full and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+        with self.autocast():
             output = self.base.model(input_ids=input_ids, attention_mask=attention_mask,
                                      use_cache=False)
-        return output.last_hidden_state[keep].to(self.base.lm_head.weight.dtype)
+        return output.last_hidden_state[keep]
+
+    def logits(self, hidden):
+        with self.autocast():
+            return self.base.lm_head(hidden)
 
     def cross_entropy(self, hidden, targets):
-        logits = self.base.lm_head(hidden).float()
-        return F.cross_entropy(logits, targets, reduction="none")
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
 
     def token_losses(self, input_ids, labels, attention_mask=None, **unused):
         """The losses [M] of labelled tokens, and −1 [M] for L2D's times: no band of t has them."""
@@ -104,7 +109,7 @@ class Finetuned(nn.Module):
             losses, _ = self.token_losses(input_ids, labels, attention_mask)
             return CausalLMOutputWithPast(loss=losses.sum() / num_items_in_batch)
         hidden = self.hidden(logits_to_keep, input_ids, attention_mask)
-        return CausalLMOutputWithPast(logits=self.base.lm_head(hidden))
+        return CausalLMOutputWithPast(logits=self.logits(hidden))
 
     @torch.no_grad()
     def load_path(self, tensors):
