@@ -207,6 +207,20 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(method):
     assert torch.equal(loss, loss_2) and all(map(torch.equal, gradients, gradients_2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_full_finetuning_trains_in_float32_and_computes_in_the_dtype_of_the_base(dtype):
+    torch.manual_seed(0)
+    base = tiny.make_model(tiny.make_tokenizer(), hidden=32, layers=2, ffn=48).to(dtype)
+    ids = torch.randint(4, base.config.vocab_size, (2, 9))
+    exact = base(ids).logits.float()
+    model = Finetuned(base, "full", 4, 4.0)
+    logits = model(ids, logits_to_keep=torch.ones_like(ids, dtype=torch.bool)).logits
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), exact.flatten(0, 1), atol=2e-2, rtol=2e-2)
+    model(ids, labels=ids, num_items_in_batch=1).loss.backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.path.parameters())
+
+
 @pytest.mark.parametrize("kind, hidden, layers, heads, kv_heads, mlp, dim, cond_dim, rank, length", [
     (LlamaConfig, 256, 3, 4, 2, 768, 32, 64, 8, 128), (LlamaConfig, 256, 4, 8, 2, 512, 64, 32, 4, 256),
     (Qwen3Config, 128, 2, 4, 4, 512, 16, 16, 4, 512)])
