@@ -4,7 +4,7 @@ A causal LM spends the same work on every token. L2D freezes the LM (the *main p
 second way through the same layers, the *diffusion path*: LoRA updates of the LM's weights and a few
 small layers of its own. It starts a token from noise x_0 and integrates an ODE from t = 0 to t = 1.
 At each evaluation the path sees the state x_t, the LM predicts a token from it, and the velocity
-points from x_t to that token.
+points from x_t to x̂, the point of that token. The state follows it over an interval of length h.
 
   tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
                                                                   │                     │
@@ -20,7 +20,7 @@ The diffusion token at position k stands for the next token, the one the LM pred
 the main path at positions 0..k and no other diffusion token. `steps`, the paper's T, counts the
 evaluations per token: all but the last give velocities, and the last gives the answer. The first,
 at t = 0, gives the LM's own logits, since the path's weight w(0) − w(0) is 0 there. With T = 1 it
-is also the last, so the answer is that of the untouched LM.
+is also the last, so the answer is that of the untouched LM. (With config.t_start = 0, the default.)
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -34,10 +34,11 @@ is also the last, so the answer is that of the untouched LM.
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
   w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
 
-Shapes: B rows of S tokens; N diffusion tokens in each (one per learnt token in training, one in
+Shapes: B rows of S tokens; N diffusion tokens in each (one per target in training, one in
 generation); L cached keys, D hidden size, d diffusion dimension, C size of the conditioning,
 V vocabulary; heads of size E: H of queries, K of keys, and G = H / K queries for each key head.
-Part I is the method. Part II turns it into a causal LM that loads, generates and saves.
+`config` holds all settings (see L2DConfig), and config.text_config those of the LM. Part I is the
+method. Part II turns it into a causal LM that loads, generates and saves.
 """
 
 import copy
@@ -85,8 +86,7 @@ class LoRALinear(nn.Module):
 
 def time_features(t, size):
     """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size].
-    For t in [0, 1] most of them hardly vary. The authors' code, "the release" below, has the
-    same ones."""
+    For t in [0, 1] most hardly vary; kept as in the authors' code, "the release" below."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
@@ -108,7 +108,7 @@ class DiffusionVocabulary(nn.Module):
 
     def forward(self, embeddings):                                    # [.., D] -> float32 [.., d]
         z = self.proj(embeddings.float())
-        return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1, eps=1e-12)
+        return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1)
 
 def rescale(x_t, t, sigma):
     """x_t over its standard deviation, so that the path sees unit variance at every t."""
@@ -130,8 +130,8 @@ class Context:
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
     masks: list                         # per block [B, 1, N·G, L]  0 where visible, else −inf
-    seeds: torch.Tensor                 # [B, N]  of the row; the noise is a hash of seed and
-    positions: torch.Tensor             # [B, N]  position
+    seeds: torch.Tensor                 # [B, N]  of each row
+    positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
     class_ids: torch.Tensor | None      # [B, N]  None for a model without classes
     valid: torch.Tensor                 # [B, N]  False for filler, in rows with fewer than N
 
@@ -139,7 +139,7 @@ class Context:
         return self.head(self.norm(hidden))
 
     def with_null_class(self, null):
-        """For guidance: each query twice, with its class and with the null class. N becomes 2N."""
+        """For guidance: N tokens with their class, then the same N without. N becomes 2N."""
         names = ("hidden", "cos", "sin", "seeds", "positions", "valid")
         twice = {name: torch.cat([getattr(self, name)] * 2, dim=1) for name in names}
         class_ids = torch.cat([self.class_ids, torch.full_like(self.class_ids, null)], dim=1)
@@ -148,7 +148,7 @@ class Context:
 
 def modulate(x, norm, scale, shift):
     """(gain + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
-    gain is the LM's frozen norm weight. (DiT has gain·(1 + scale).)"""
+    gain is the LM's frozen norm weight. (DiT has 1 in its place.)"""
     normed = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
     return ((norm.weight.float() + scale) * normed + shift).to(x.dtype)
 
@@ -160,7 +160,8 @@ def rotate(q, cos, sin):
 class Block(nn.Module):
     """One layer of the LM as the diffusion path uses it: cross attention to the main path's keys
     and values, then the MLP. Its five linear layers are the LM's, each with a LoRA update. Time and
-    class set the scales, shifts and gates."""
+    class set the scales, shifts and gates. What depends on the LM's architecture is here, in
+    `modulate` and `rotate`, and in Part II's `L2D.read`."""
 
     def __init__(self, layer, config):
         super().__init__()
@@ -178,6 +179,7 @@ class Block(nn.Module):
         return self.modulated(f, self.adaLN_modulation(c.to(f.dtype)), context, i)
 
     def modulated(self, f, modulation, context, i):
+        """The same with the modulation [B, N, 6D] given, which Part II remembers."""
         layer = context.layers[i]
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
         n = modulate(f, layer.input_layernorm, scale_1, shift_1)                # [B, N, D]
@@ -192,12 +194,10 @@ class Block(nn.Module):
         if hasattr(attn, "q_norm"):                                             # Qwen3
             q = attn.q_norm(q)
         q = rotate(q, context.cos, context.sin)
-        # The G heads that share keys (grouped-query attention) become G queries on them, next to
-        # each other. So keys and values are used where they lie and never copied.
+        # Grouped-query attention without copying keys: the G heads on a key head become G queries.
         q = q.view(B, N, keys.shape[1], -1, attn.head_dim).transpose(1, 2)      # [B, K, N, G, E]
-        a = F.scaled_dot_product_attention(
+        a = F.scaled_dot_product_attention(                                     # [B, K, N·G, E]
             q.flatten(2, 3), keys, context.values[i], context.masks[i], scale=attn.scaling)
-        # a is [B, K, N·G, E]: back to all heads of a position
         a = a.unflatten(2, (N, -1)).transpose(1, 2)                             # [B, N, K, G, E]
         return self.o_proj(a.flatten(2), attn.o_proj)                           # [B, N, D]
 
@@ -247,10 +247,11 @@ class DiffusionPath(nn.Module):
         c = self.t_embedder(time_features(t, self.config.cond_dim))
         if class_ids is None:
             return c
-        return c.repeat(1, class_ids.shape[1] // c.shape[1], 1) + self.class_embedder(class_ids)
+        c = c.repeat(1, class_ids.shape[1] // c.shape[1], 1)    # twice, with guidance
+        return c + self.class_embedder(class_ids)
 
-    def conditioning(self, t, class_ids):
-        """All that time and class decide: c, and the weight w(t) − w(0), float32 [B, N, D]. At
+    def condition_and_weight(self, t, class_ids):
+        """The embedding c of time and class, and the weight w(t) − w(0), float32 [B, N, D]. At
         t = 0 the weight is exactly 0, for every class."""
         c, c_0 = self.condition(t, class_ids), self.condition(torch.zeros_like(t), class_ids)
         return c, self.output_weight(c) - self.output_weight(c_0)
@@ -258,7 +259,7 @@ class DiffusionPath(nn.Module):
     def embed(self, x_t, t, context):
         """The state as the first f: x_t [B, N, d] -> [B, N, D], or [B, 2N, D] with guidance."""
         f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
-        return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)
+        return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)    # twice, with guidance
 
     def walk(self, f, c, weight, context):
         """Through the blocks and back into the LM, Eq. 6: hidden + (w(t) − w(0))·f, [B, N, D]."""
@@ -272,17 +273,17 @@ class DiffusionPath(nn.Module):
     def hidden(self, x_t, t, context):
         """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's
         final norm [B, N, D]."""
-        c, weight = self.conditioning(t, context.class_ids)
+        c, weight = self.condition_and_weight(t, context.class_ids)
         return self.walk(self.embed(x_t, t, context), c, weight, context)
 
     def forward(self, x_t, t, context):
-        """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> logits [B, N, V]."""
+        """The same, but logits [B, N, V]."""
         return context.logits(self.hidden(x_t, t, context))
 
     # Part II has a faster version of the next two, which remembers what depends on weights alone.
 
     def at_shared_time(self, x_t, t, context):
-        """One evaluation at a time that all positions share; t is a float."""
+        """`forward` at a time that all positions share; t is a float."""
         return self(x_t, torch.full_like(x_t[..., :1], t), context)
 
     def table(self, embedding):
@@ -292,25 +293,26 @@ class DiffusionPath(nn.Module):
 # ---- Loss (Section 2.2, Eq. 3) -------------------------------------------------------------------
 
 def initial_noise(config, context):
-    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. `normal` and `uniform` (Part II) make
-    random numbers from the row's seed, the position and their use (NOISE, TIME, ..) alone. In
-    training, every row has another seed in every update."""
+    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. `normal` and `uniform` (Part II) hash
+    the row's seed, the position and a use (NOISE, TIME, ..), so a token's noise does not depend on
+    its batch. In training each row has a new seed in every update."""
     return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
 
 def token_losses(path, context, targets):
     """Cross entropy of every target at a random time: targets int64 [B, N] -> losses [M] and, for
     the log, times [M] of the M valid positions. x_1 is not detached, so the loss trains W_v too."""
-    address, valid = (context.seeds, context.positions), context.valid
+    address = context.seeds, context.positions
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
     if path.config.timesteps == "cosmap":           # arXiv:2403.03206, Section 3.1
         t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
     x_0 = initial_noise(path.config, context)                                   # [B, N, d]
-    x_1 = path.vocabulary(context.embedding(targets.clamp(min=0)))    # [B, N, d]; −100 in fillers
+    x_1 = path.vocabulary(context.embedding(targets.clamp(min=0)))    # [B, N, d]; fillers: −100
     x_t = (1 - t) * x_0 + t * x_1
     if context.class_ids is not None:               # for guidance: learn "no class", too
         dropped = uniform(1, *address, DROP)[..., 0] < path.config.class_dropout
         context = replace(context, class_ids=context.class_ids.masked_fill(dropped, path.null))
     hidden = path.hidden(x_t, t, context)                                       # [B, N, D]
+    valid = context.valid
     return cross_entropy(context, hidden[valid], targets[valid]), t[valid][:, 0]
 
 def cross_entropy(context, hidden, targets, chunk=1024):
@@ -334,22 +336,21 @@ def estimate(path, logits, t, context):
         # A draw from softmax(logits / tau) with tau = 1 − t: the argmax of logits + tau·Gumbel
         # noise. (The release takes tau from the end of the interval.) The time, as a whole number,
         # goes into the noise, so every time has a draw of its own.
-        moment = (t[..., 0] * 2**24).long()
+        moment = (t[..., 0] * 2**24).long()         # float32 has 24 bits
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1)
-    failed = ~value.isfinite()[..., None]           # NaN must stay NaN; its max is a token, too
+    failed = ~value.isfinite()[..., None]           # NaN has an argmax, too, but must stay NaN
     return table[token].masked_fill(failed, math.nan)
 
 def velocity(path, logits, x, t, context):
     """dx/dt = (x̂ − x)/(1 − t), Eq. 4: x [B, N, d], logits [B, N, V], t [B, N, 1] or a float.
     With guidance, logits [B, 2N, V] are those for the class, then for no class. Both velocities
     are at the same x and t, so mixing them is mixing the two x̂."""
-    N, guidance = x.shape[1], path.config.guidance
-    times = (t + torch.zeros_like(x[..., :1])).repeat(1, logits.shape[1] // N, 1)
-    x_hat = estimate(path, logits, times, context)
-    if x_hat.shape[1] > N:
-        x_hat = guidance * x_hat[:, :N] + (1 - guidance) * x_hat[:, N:]
+    times, guidance = t + torch.zeros_like(x[..., :1]), path.config.guidance    # [B, N, 1]
+    x_hat, *null = [estimate(path, part, times, context) for part in logits.split(x.shape[1], 1)]
+    if null:
+        x_hat = guidance * x_hat + (1 - guidance) * null[0]
     return (x_hat - x) / (1 - t)
 
 # ---- Solvers (Algorithm 1, A.2) ------------------------------------------------------------------
@@ -360,8 +361,8 @@ def velocity(path, logits, x, t, context):
 class Tableau:
     """An explicit Runge-Kutta method: k_i = dxdt(x + h·sum_j a_ij k_j, t + c_i h), and the interval
     of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: h·sum_i error_i k_i
-    is the difference to a method of one order less. first_same_as_last: the last k is taken at the
-    end of the interval and serves as k_1 of the next."""
+    is the difference from a method of one order less. first_same_as_last: the last k is taken at
+    the end of the interval and serves as k_1 of the next."""
     order: int
     c: tuple
     a: tuple
@@ -385,7 +386,7 @@ def weighted_sum(weights, ks):
     return sum(w * k for w, k in zip(weights, ks) if w != 0)
 
 def stages(dxdt, x, t, h, tableau, k_1):
-    """k_1 .. k_s of the interval from t to t + h."""
+    """k_1 .. k_s of the interval from t to t + h; k_1 is given, as a second try has it already."""
     ks = [k_1]
     for c, a in zip(tableau.c[1:], tableau.a[1:]):
         ks.append(dxdt(x + h * weighted_sum(a, ks), t + c * h))
@@ -395,39 +396,37 @@ def solve_fixed(dxdt, x, t_start, t_end, n, tableau):
     """x at t_end, from x at t_start, in n equal intervals."""
     h = (t_end - t_start) / n
     for i in range(n):
-        t = t_start + i / n * (t_end - t_start)
+        t = t_start + i * h
         x = x + h * weighted_sum(tableau.b, stages(dxdt, x, t, h, tableau, dxdt(x, t)))
     return x
 
 def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations):
     """x from t_start towards t_end. Each of the B·N states chooses its own intervals. Returns x,
-    the t reached (below t_end where the evaluations ran out), [B, N, 1], and the evaluations used
-    [B, N]: 1 for the first k_1; then, with s stages, s − 1 for each try, and 1 for the k_1 of the
-    next interval unless this try has it already."""
+    the t reached [B, N, 1] (below t_end where the evaluations ran out), and those used [B, N]."""
     t = torch.full_like(x[..., :1], t_start)
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t_start)
-    cost = len(tableau.c) - tableau.first_same_as_last      # of a try and the k_1 that follows
+    cost = len(tableau.c) - tableau.first_same_as_last      # evaluations of a try and a new k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
-        # Try an interval. (Ended states go along, never accepted.)
+        # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
         ks = stages(dxdt, x, t, h, tableau, k_1)
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
-        # Accept it if the error, relative to the tolerance and as a root mean square over d, is at
-        # most 1. NaN is accepted, too: h becomes NaN, and the next try goes to t_end, instead of
-        # shrinking h for ever. `L2D.check_finite` then refuses the answer.
+        # Accept it if the error over the tolerance, as a root mean square over d, is at most 1. NaN
+        # is accepted, too: it makes h NaN, and the next try then ends at t_end, as `h < ..` is
+        # False. `L2D.check_finite` refuses the answer.
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
         accept = running & ~(error > 1)
         t_new = torch.where(h < t_end - t, t + h, t_end)    # t_end itself, not a rounding of it
         x, t = torch.where(accept, x_new, x), torch.where(accept, t_new, t)
-        # Scale h by 0.9·error^(−1/order): at most 10 times, not shorter after acceptance, and not
-        # below a fifth after rejection.
+        # Scale h by 0.9·error^(−1/order), within [1, 10] after acceptance, and not below 0.2 after
+        # rejection.
         factor = (0.9 * error ** (-1 / tableau.order)).clamp(max=10)
         h = h * torch.maximum(factor, torch.where(accept, 1.0, 0.2))
-        # k_1 of the next interval, where the state has moved.
+        # k_1 of the next interval, where there is one.
         moved = accept & (t < t_end)
         if tableau.first_same_as_last:
             k_1 = torch.where(moved, ks[-1], k_1)
@@ -450,33 +449,32 @@ def end_time(config):
 def diffuse(path, context, steps=None, observe=None):
     """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps), and
     the evaluations used, int64 [B, N]. Adaptive solvers choose their own T, unless steps is 1.
-    config.t_start > 0 (not in the paper) starts at that time, with noise in place of x_t. Then the
-    first evaluation is one of the path as well, and so is the only one of T = 1.
+    config.t_start > 0 (not in the paper) starts there, from (1 − t_start)·x_0: x_t without its
+    token. Then every evaluation runs the path, even if T = 1.
     observe(x_t, t, logits) is called at each evaluation."""
     config, tableau = path.config, TABLEAUS[path.config.solver]
     t_start, t_end = config.t_start, end_time(config)
     steps = config.steps if steps is None else steps
     check_steps(config.solver, steps)
-    steered = context                   # for the velocities; the answer is always of the class
+    steered = context                   # for velocities; the answer is of the class, unguided
     if config.guidance == 0:            # no class
         steered = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
     elif config.guidance != 1:          # both
         steered = context.with_null_class(path.null)
 
-    def predict(x, t, context):
-        """One evaluation."""
+    def predict(x, t, given):
         if torch.is_tensor(t):          # adaptive solvers: times differ by state
-            logits = path(x, t, context)
-        elif t == 0:                    # the path's weight is 0: the LM's own logits
+            logits = path(x, t, given)
+        elif t == 0:                    # the path's weight is 0: the LM's own, for every class
             logits = context.logits(context.hidden)
         else:
-            logits = path.at_shared_time(x, t, context)
+            logits = path.at_shared_time(x, t, given)
         if observe is not None:
-            observe(x, t, logits[:, :x.shape[1]])
+            observe(x, t, logits[:, :x.shape[1]])       # with guidance: those of the class
         return logits
 
     def dxdt(x, t):
-        return velocity(path, predict(x, t, steered), x, t, steered)
+        return velocity(path, predict(x, t, steered), x, t, context)
 
     x = (1 - t_start) * initial_noise(config, context)
     if steps == 1:
@@ -485,7 +483,7 @@ def diffuse(path, context, steps=None, observe=None):
         x, t, used = solve_adaptive(dxdt, x, t_start, t_end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
     else:
-        n = (steps - 1) // len(tableau.c)       # intervals; one evaluation is left for the answer
+        n = (steps - 1) // len(tableau.c)       # intervals (it divides); 1 is left for the answer
         x, t = solve_fixed(dxdt, x, t_start, t_end, n, tableau), t_end
         used = torch.full_like(context.positions, steps - 1)
     return predict(x, t, context), used + 1
@@ -717,7 +715,7 @@ class CachedPath(DiffusionPath):
             if context.class_ids is not None:               # once for every class
                 classes = torch.arange(self.null + 1, device=x_t.device)[None]
             time = torch.full((1, 1, 1), t, device=x_t.device)
-            c, weight = self.conditioning(time, classes)
+            c, weight = self.condition_and_weight(time, classes)
             c = c.to(context.hidden.dtype)
             self.by_time[t] = [block.adaLN_modulation(c) for block in self.blocks], weight
         modulations, weight = self.by_time[t]
@@ -1121,7 +1119,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then "
                              "load that yourself and pass it as base=")
         if base is None:
-            kwargs.setdefault("dtype", config.dtype)    # as in training
+            if kwargs.get("dtype", "auto") == "auto" and "torch_dtype" not in kwargs:
+                kwargs["dtype"] = config.dtype          # as in training
             base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
         model = cls(config, base)
         file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)

@@ -63,8 +63,9 @@ class Session:
             del settings["dtype"]
         self.model = console.load_model(folder, **settings)
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
-        ends = self.model.generation_config.eos_token_id or []
-        self.ends = {self.tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]            # None, a number or a list
+        self.ends = {self.tokenizer.eos_token_id, *ends} - {None}
         if self.model.num_parameters() < 10_000_000:
             torch.set_num_threads(1)                     # more would only wait for each other
         names, self.class_ids = self.model.config.class_names, None

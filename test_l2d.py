@@ -652,24 +652,26 @@ def test_table_is_rebuilt_after_a_change_and_only_then(monkeypatch):
 def test_modulations_of_a_time_are_computed_once_and_again_after_a_change(config):
     model, calls = exact_l2d(**config), []
     head, x = model.path.blocks[1].adaLN_modulation, 4 * torch.randn(3, 1, 16)
-    monitored = DiffusionPath.conditioning
+    monitored = DiffusionPath.condition_and_weight
     g, own_times = None if config else torch.tensor([2, 0, 1]), torch.full((3, 1, 1), 0.3)
 
     def counted(self, t, *rest):
         calls.append(t.shape)
         return monitored(self, t, *rest)
-    DiffusionPath.conditioning = counted
+    heads = []
+    head.register_forward_hook(lambda *_: heads.append(1))
+    DiffusionPath.condition_and_weight = counted
     try:
         for changes in (0, 1, 2):
             for _ in range(2):
                 path, context = model.current_path(), read(model, class_ids=g)
                 shared, own = path.at_shared_time(x, 0.3, context), path(x, own_times, context)
                 assert torch.allclose(shared, own, rtol=1e-4, atol=1e-3)
-            assert len(calls) == 3 * (changes + 1)       # twice for `own`, once for `shared`
+            assert len(calls) == len(heads) == 3 * (changes + 1)     # twice for `own`, once `shared`
             changed = model.path.t_embedder if changes else head
             next(changed.parameters()).add_(0.1)
     finally:
-        DiffusionPath.conditioning = monitored
+        DiffusionPath.condition_and_weight = monitored
 
 
 def test_casts_are_made_once_and_again_after_a_change(monkeypatch):
@@ -2132,8 +2134,10 @@ def test_no_chat_is_learnt_and_held_out(tmp_path):
             {"role": "user", "content": f"{n:02}*2"}, {"role": "assistant", "content": "4"})]
         rows.append(json.dumps({"messages": turns}))
     (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    rows = [json.dumps({"prompt": "1" * 200, "response": "1"}), "{"] * 20 + rows
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))     # half of the rows are of no use
     for n in (0, 10, 1000):
-        examples, held_out = load_data(str(tmp_path / "chats.jsonl"), tokenizer, validation=n)
+        examples, held_out = load_data(str(tmp_path / "chats.jsonl"), tokenizer, 128, validation=n)
         learnt, known = ({tokenizer.decode(example["input_ids"])[8:10] for example in part}
                          for part in (examples, held_out))
         assert len(held_out) == min(n, 12) and not learnt & known
@@ -2165,6 +2169,10 @@ def test_the_base_is_loaded_in_the_dtype_of_training(trained, tmp_path, dtype):
     assert L2D.from_pretrained(tmp_path / "path").base.dtype == base.dtype
     other = L2D.from_pretrained(tmp_path / "path", dtype=torch.float64)
     assert other.base.dtype == torch.float64
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "path", dtype="auto")
+    assert auto.base.dtype == base.dtype
+    old_name = L2D.from_pretrained(tmp_path / "path", torch_dtype=torch.float64)
+    assert old_name.base.dtype == torch.float64
 
 
 def test_sampling_stops_at_the_end_of_training_and_at_that_of_the_base(trained, monkeypatch):

@@ -181,8 +181,8 @@ def update(step, model, optimizer, data, args, pad):
     loss = processes.total(loss).item()
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise RuntimeError(f"loss {loss}, gradient norm {norm} at step {step + 1}: go on from the "
-                           f"last checkpoint with --resume --lr {args.lr / 2:g}")
+        raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step + 1}: go on "
+                                 f"from the last checkpoint with --resume --lr {args.lr / 2:g}")
     lr = learning_rate(step, args)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -219,10 +219,8 @@ def validate(model, data, args, pad, accuracies):
     return {name: value for name, value in result.items() if not math.isnan(value)}
 
 def save_checkpoint(step, model, optimizer, args):
-    """The first process writes all that continues the run after `step` updates, in one file that
-    replaces the last one; and the path so far, to be tried with sample.py."""
-    if rank() > 0:
-        return
+    """All that continues the run after `step` updates, in one file that replaces the last one; and
+    the path so far, to be tried with sample.py."""
     out, tensors = Path(args.out), {"step": torch.tensor(step)}
     tensors["log_size"] = torch.tensor((out / "log.jsonl").stat().st_size)
     for name, p in model.path.named_parameters():
@@ -280,25 +278,25 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
     most = sorted([(example, 0) for example in data], key=cost)[-args.micro_batch_size * world():]
-    for inputs in micro_batches(most, args, pad, model):     # too little memory shows at once
+    for inputs in micro_batches(most, args, pad, model):     # if it does not fit, that shows now
         model(**inputs, num_items_in_batch=1).loss.backward()
     optimizer.zero_grad()
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
     log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
     stopped = processes.interrupts()
-    interrupted = stopped()
+    saved = True
 
     def due(every):
         return step % every == 0 or step == args.max_steps
     with bar, open(log_file, "a", buffering=1) as log:
-        while not interrupted:
+        while True:
             # The checkpoint comes first: validation may fail, and --resume begins with it.
             if step > 0 and due(args.eval_every) and len(held_out) >= world():
                 result = {"step": step} | validate(model, held_out, args, pad, accuracies)
                 print(json.dumps(result), file=log)
                 bar.write(", ".join(f"{name} {round(value, 3)}" for name, value in result.items()))
-            if step == args.max_steps:
+            if step == args.max_steps or stopped():
                 break
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args, pad)
@@ -307,10 +305,12 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
             print(json.dumps(line), file=log)
             bar.update()
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
-            interrupted = stopped() and step < args.max_steps
-            if interrupted or due(args.save_every) or due(args.eval_every):
-                save_checkpoint(step, model, optimizer, args)
-    if interrupted:
+            saved = due(args.save_every) or due(args.eval_every)
+            if saved:
+                from_first(lambda: save_checkpoint(step, model, optimizer, args))
+    if not saved:
+        from_first(lambda: save_checkpoint(step, model, optimizer, args))
+    if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
         sys.exit(130)
     from_first(lambda: finish(model, args, kind))

@@ -81,10 +81,11 @@ def turns(row, tokenizer):
         raise ValueError("no assistant turn")
     return found
 
-def encode(rows, tokenizer, max_length, label_column, problems):
-    """Examples {"input_ids", "answer": where it starts, "label"}; `problems` counts the others."""
-    texts, labels, examples = [], [], []
-    for row in rows:
+def encode(rows, tokenizer, max_length, label_column, problems, first=0):
+    """Examples {"input_ids", "answer": where it starts, "label", "row": its number, from `first`};
+    `problems` counts the others."""
+    texts, sources, examples = [], [], []
+    for number, row in enumerate(rows, start=first):
         try:
             pairs, label = turns(row, tokenizer), row.get(label_column)
             if isinstance(label, (dict, list)):
@@ -95,9 +96,9 @@ def encode(rows, tokenizer, max_length, label_column, problems):
             problems["no messages with role and content, and no question with an answer"] += 1
         else:
             texts += [text for pair in pairs for text in pair]
-            labels += [None if label is None else str(label)] * len(pairs)
+            sources += [(None if label is None else str(label), number)] * len(pairs)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for prompt, whole, label in zip(ids[::2], ids[1::2], labels):
+    for prompt, whole, (label, number) in zip(ids[::2], ids[1::2], sources):
         if tokenizer.eos_token_id in whole[len(prompt):]:            # what follows it is not learnt
             whole = whole[:len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
         if whole[:len(prompt)] != prompt or len(whole) == len(prompt):
@@ -105,33 +106,20 @@ def encode(rows, tokenizer, max_length, label_column, problems):
         elif len(whole) > max_length:
             problems[f"longer than {max_length} tokens"] += 1
         else:                                            # an array: an eighth of a list's memory
-            examples.append(dict(input_ids=array("i", whole), answer=len(prompt), label=label))
+            examples.append(dict(input_ids=array("i", whole), answer=len(prompt), label=label,
+                                 row=number))
     return examples
 
-def load_examples(rows, chosen, tokenizer, max_length, label_column):
-    """The examples of the rows with these numbers, and a Counter of what is wrong with others."""
+def load_examples(rows, tokenizer, max_length, label_column, data, most=None):
+    """The examples of all rows, or of `most`, in the order of a permutation. ValueError: none is
+    usable, or none has a label."""
+    order = permutation(len(rows), 0)[:most]
     problems, examples = Counter(), []
-    for i in tqdm(range(0, len(chosen), 1000), desc="chats, in thousands",
-                  disable=rank() > 0 or not chosen):
-        chunk = [rows[j] for j in chosen[i:i + 1000]]
-        examples += encode(chunk, tokenizer, max_length, label_column, problems)
-    return examples, problems
-
-def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512):
-    """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
-    "smoltalk". Held out are whole chats: up to `validation` examples, of a tenth of all rows at
-    most. ValueError: no row is usable, or none has a label."""
-    rows, test = read_rows(data)
-    chosen = permutation(len(rows), 0)
-    if test is None:
-        n, test = min(validation, len(rows) // 10), rows
-        held_out, chosen = chosen[:n], chosen[n:]
-    else:
-        held_out = permutation(len(test), 0)[:validation]
-    held_out, left_out = load_examples(test, held_out, tokenizer, max_length, label_column)
-    examples, problems = load_examples(rows, chosen, tokenizer, max_length, label_column)
-    for problem, count in (problems + left_out).most_common():
-        print(f"left out {count:,} (of {len(rows):,} rows): {problem}")
+    for i in tqdm(range(0, len(order), 1000), desc="chats, in thousands", disable=rank() > 0):
+        chunk = [rows[j] for j in order[i:i + 1000]]
+        examples += encode(chunk, tokenizer, max_length, label_column, problems, first=i)
+    for problem, count in problems.most_common():
+        print(f"left out {count:,} (of {len(order):,} rows): {problem}")
     if not examples:
         reasons = "; ".join(problem for problem, _ in problems.most_common(3)) or "it is empty"
         raise ValueError(f"no usable row in {data}, of {len(rows):,} rows ({reasons}); "
@@ -139,7 +127,22 @@ def load_data(data, tokenizer, max_length=2048, label_column=None, validation=51
     if label_column and all(example["label"] is None for example in examples):
         columns = ", ".join(next(row for row in rows if isinstance(row, dict)))
         raise ValueError(f"no row of {data} has a label in {label_column!r}, but in {columns}")
-    return examples, held_out[:validation]
+    return examples
+
+def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512):
+    """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
+    "smoltalk". Held out are `validation`, a tenth of all at most, and no other turn of their chats
+    is learnt. ValueError: no row is usable."""
+    rows, test = read_rows(data)
+    options = tokenizer, max_length, label_column, data
+    examples = load_examples(rows, *options)
+    if test is not None:
+        held_out = load_examples(test, *options, most=validation) if validation else []
+        return examples, held_out[:validation]
+    n = min(validation, len(examples) // 10)
+    held_out = examples[:n]
+    seen = {example["row"] for example in held_out}
+    return [example for example in examples[n:] if example["row"] not in seen], held_out
 
 @lru_cache(maxsize=4)
 def permutation(n, seed):

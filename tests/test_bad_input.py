@@ -467,7 +467,7 @@ def test_rows_of_no_use_are_counted_and_the_others_learnt(here, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", [*TRAIN, "--data", "bad.jsonl"])
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     out = capsys.readouterr().out
-    for text in ("19 examples, 1 held out", "left out 1 (of 24 rows): not a JSON object", "left out 1 (of 24 rows): no messages",
+    for text in ("18 examples, 2 held out", "left out 1 (of 24 rows): not a JSON object", "left out 1 (of 24 rows): no messages",
                  "left out 1 (of 24 rows): longer than 128 tokens", "left out 1 (of 24 rows): 'utf-8' codec can't encode character"):
         assert text in out
 

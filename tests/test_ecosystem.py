@@ -45,6 +45,7 @@ def run(script, *args):
     """Run a script (train.py, or experiments.finetune) in this process, in the current folder: its exit code, or the one line
     that is its error."""
     argv, handler = sys.argv, signal.signal(signal.SIGINT, signal.default_int_handler)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     sys.argv = [script, *map(str, args)]
     try:
         if script.endswith(".py"):
@@ -55,7 +56,7 @@ def run(script, *args):
         return end.code or 0
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler), signal.signal(signal.SIGTERM, on_sigterm)
     return 0
 
 
