@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from support.console import loading, one_line
-from support.processes import rank
+from support.processes import from_all, rank, world
 
 SMOLTALK = {"self-oss-instruct": "coding", "metamathqa-50k": "math", "numina-cot-100k": "math",
             "openhermes-100k": "general", "smol-magpie-ultra": None}
@@ -18,6 +18,7 @@ MAGPIE = {"coding": "coding", "math": "math", "data-analysis": "general",
           "information-seeking": "general", "reasoning": "general"}
 QUESTION = ("prompt", "question", "instruction")
 ANSWER = ("response", "answer", "completion", "output")
+CHUNK = 1000                                             # rows that are encoded together
 DATE = "26 Jul 2024"                                     # for templates that print today's date
 
 def read_rows(data):
@@ -115,9 +116,13 @@ def load_examples(rows, tokenizer, max_length, label_column, data, most=None):
     usable, or none has a label."""
     order = permutation(len(rows), 0)[:most]
     problems, examples = Counter(), []
-    for i in tqdm(range(0, len(order), 1000), desc="chats, in thousands", disable=rank() > 0):
-        chunk = [rows[j] for j in order[i:i + 1000]]
-        examples += encode(chunk, tokenizer, max_length, label_column, problems, first=i)
+    for i in tqdm(range(0, len(order), CHUNK * world()), desc="reading chats", disable=rank() > 0):
+        start, wrong = i + CHUNK * rank(), Counter()     # each process encodes a chunk, for all
+        chunk = [rows[j] for j in order[start:start + CHUNK]]
+        made = encode(chunk, tokenizer, max_length, label_column, wrong, first=start)
+        for part, left_out in from_all((made, wrong)):
+            examples += part
+            problems += left_out
     for problem, count in problems.most_common():
         print(f"left out {count:,} (of {len(order):,} rows): {problem}")
     if not examples:

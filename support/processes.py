@@ -51,6 +51,14 @@ def from_first(make):
         dist.broadcast_object_list(made)
     return made[0]
 
+def from_all(made):
+    """[what the first process has made, what the second has, ..], in all of them."""
+    if world() == 1:
+        return [made]
+    found = [None] * world()
+    dist.all_gather_object(found, made)
+    return found
+
 def share(items):
     """This process' part of a list, as long as that of the others."""
     return items[:len(items) // world() * world()][rank()::world()]

@@ -3,6 +3,7 @@
 Two CPU processes over gloo train what one process trains. Most of them are forks of this process (see test_faults.py) with
 torchrun's environment; the last test runs torchrun itself."""
 
+import json
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from experiments import memory
 from experiments.finetune import Finetuned
 from experiments.shapes import SHAPES, model_of, shape
 from l2d import L2D, L2DConfig
-from support import console, processes, tiny
+from support import chats, console, processes, tiny
 from test_faults import RUN, result, run, start, step_of, wait, whole  # noqa: F401 (whole: a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,24 @@ def test_two_processes_follow_the_curve_of_one(whole, options):
     ours, theirs = (load_file(f"{name}/model.safetensors") for name in (folder, "whole"))
     for name, tensor in ours.items():                    # Adam makes a step of the rounding of a gradient that is nearly 0
         assert (tensor - theirs[name]).norm() <= 0.1 * theirs[name].norm(), name
+
+
+def test_processes_share_the_encoding_of_chats(whole, monkeypatch):
+    """In chunks of three rows, one of which is of no use, they get the examples of one process, in its order."""
+    rows = tiny.questions(19, seed=1)
+    rows[4] = {"text": "1"}
+    Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = tiny.make_tokenizer()
+    monkeypatch.setattr(chats, "CHUNK", 3)
+    expected = chats.load_data("more.jsonl", tokenizer, validation=2)
+    assert [len(part) for part in expected] == [17, 1]
+
+    def then():
+        with processes.processes():
+            Path(f"found-{processes.rank()}").write_text(repr(chats.load_data("more.jsonl", tokenizer, validation=2)))
+        os._exit(0)
+    assert [wait(pid) for pid in start_all(3, then=then)] == [0, 0, 0]
+    assert all(Path(f"found-{rank}").read_text() == repr(expected) for rank in range(3))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
