@@ -42,7 +42,7 @@ def parse_args():
     add = parser.add_argument_group("answers").add_argument
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--ahead", type=int, default=8, help="diffused together: 1 token, the rest drafts")
+    add("--ahead", type=int, default=8, help="positions diffused together; 1: no drafts")
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
@@ -59,8 +59,6 @@ class Session:
         device = console.pick_device(args.device)
         self.args, self.evaluations, self.diffusions, self.seconds = args, [], 0, 0.0
         settings = {name: getattr(args, name) for name in SETTINGS}
-        if args.dtype is None:
-            del settings["dtype"]
         self.model = console.load_model(folder, **settings)
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
         ends = self.model.generation_config.eos_token_id
