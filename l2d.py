@@ -1102,7 +1102,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
         """Load a trained path, and its base unless given: a folder or hub name -> L2D in evaluation
         mode. Arguments that name settings change them (steps=127); the rest (dtype, device_map, ..)
-        goes to the base, whose dtype is that of training unless given. ValueError: a base or tensors that do not fit; OSError: nothing there."""
+        goes to the base, whose dtype is that of training unless given. ValueError: a base or
+        tensors that do not fit; OSError: nothing there."""
         hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only")
         hub |= {key: kwargs[key] for key in shared if key in kwargs}
