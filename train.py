@@ -61,7 +61,7 @@ def make_parser(description=__doc__):
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
     add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")
     add("--batch-size", type=int, default=32, help="examples per update, over all processes")
-    add("--micro-batch-size", type=int, default=4, help="at a time, of each: fewer, less memory")
+    add("--micro-batch-size", type=int, default=4, help="of these at a time, on each process")
     add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end of the linear decay")
     add("--warmup-steps", type=int, help="linear warm-up; None: 100, a tenth of all at most")
