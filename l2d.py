@@ -326,9 +326,9 @@ def cross_entropy(context, hidden, targets, chunk=1024):
 # ---- Velocity (Section 2.3, Eq. 4 and 8) and guidance (Section 3.2, Eq. 7) -----------------------
 
 def estimate(path, logits, t, context):
-    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]. It is
-    the mean of all tokens (config.velocity = "expectation"), one that is drawn ("sample"), or the
-    most likely one ("argmax")."""
+    """x̂, where the path expects the token to be: logits [.., B, N, V], t [B, N, 1] ->
+    [.., B, N, d]. It is the mean of all tokens (config.velocity = "expectation"), one that is drawn
+    ("sample"), or the most likely one ("argmax")."""
     table = path.table(context.embedding)
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
@@ -348,7 +348,8 @@ def velocity(path, logits, x, t, context):
     With guidance, logits [B, 2N, V] are those for the class, then for no class. Both velocities
     are at the same x and t, so mixing them is mixing the two x̂."""
     times, guidance = t + torch.zeros_like(x[..., :1]), path.config.guidance    # [B, N, 1]
-    x_hat, *null = [estimate(path, part, times, context) for part in logits.split(x.shape[1], 1)]
+    logits = logits.unflatten(1, (-1, x.shape[1])).transpose(0, 1)      # [1, B, N, V], guided 2
+    x_hat, *null = estimate(path, logits, times, context)
     if null:
         x_hat = guidance * x_hat + (1 - guidance) * null[0]
     return (x_hat - x) / (1 - t)
@@ -369,6 +370,11 @@ class Tableau:
     b: tuple
     error: tuple = ()
     first_same_as_last: bool = False
+
+    @property
+    def touches_end(self):
+        """Whether dxdt is evaluated at the end of the interval."""
+        return self.c[-1] == 1
 
 TABLEAUS = {
     "euler": Tableau(1, c=(0,), a=((),), b=(1,)),
@@ -439,11 +445,10 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 
 def end_time(config):
     """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
-    the end of an interval (c = 1) stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
+    the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
     if config.t_end is not None:
         return config.t_end
-    touches_end = TABLEAUS[config.solver].c[-1] == 1
-    return max(1 - 1 / config.sigma, 0.95) if touches_end else 1.0
+    return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].touches_end else 1.0
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
@@ -658,7 +663,7 @@ def check_settings(s):
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")
     check_steps(s.solver, s.steps)
-    touches_end = TABLEAUS[s.solver].c[-1] == 1             # where the velocity divides by 0
+    touches_end = TABLEAUS[s.solver].touches_end            # at 1, the velocity divides by 0
     possible = s.t_end is None or 0 < s.t_end < 1 or (s.t_end == 1 and not touches_end)
     limit = "below" if touches_end else "at most"
     require(possible, "t_end", f"is not possible with {s.solver}: it must be above 0 and {limit} 1")

@@ -12,6 +12,7 @@ precedes it. --resume goes on from the last checkpoint (on a CPU, to the very sa
 """
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -277,7 +278,8 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
-    most = sorted([(example, 0) for example in data], key=cost)[-args.micro_batch_size * world():]
+    pairs = ((example, 0) for example in data)
+    most = heapq.nlargest(args.micro_batch_size * world(), pairs, key=cost)
     for inputs in micro_batches(most, args, pad, model):     # if it does not fit, that shows now
         model(**inputs, num_items_in_batch=1).loss.backward()
     optimizer.zero_grad()

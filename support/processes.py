@@ -44,20 +44,16 @@ def check_processes(args):
         raise ValueError("--shard splits a base that stays as it is (--path lora) over processes: "
                          "torchrun --nproc-per-node N train.py --shard ..")
 
-def from_first(make):
-    """make() of the first process, in all of them; the others do not run it."""
-    made = [make() if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(made)
-    return made[0]
-
 def from_all(made):
     """[what the first process has made, what the second has, ..], in all of them."""
-    if world() == 1:
-        return [made]
-    found = [None] * world()
-    dist.all_gather_object(found, made)
+    found = [made] * world()
+    if world() > 1:
+        dist.all_gather_object(found, made)
     return found
+
+def from_first(make):
+    """make() of the first process, in all of them; the others do not run it."""
+    return from_all(make() if rank() == 0 else None)[0]
 
 def share(items):
     """This process' part of a list, as long as that of the others."""

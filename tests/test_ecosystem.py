@@ -56,7 +56,8 @@ def run(script, *args):
         return end.code or 0
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGINT, handler), signal.signal(signal.SIGTERM, on_sigterm)
+        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGTERM, on_sigterm)
     return 0
 
 
