@@ -4,6 +4,8 @@
     python -m experiments.gsm8k --data gsm8k.jsonl               all of it: many hours on two cores
     python -m experiments.gsm8k --data gsm8k.jsonl --out out/gsm8k-short --methods l2d --updates 12
         --rows 12 --choose-rows 6 --steps 1 3 7                  its beginning, in ten minutes
+    python -m experiments.gsm8k --data gsm8k.jsonl --out out/gsm8k-sigma-16 --methods l2d --sigma 16
+        --updates 100 --rows 64 --steps 3 15 --only-steps        another sigma, on a smaller budget
     python -m experiments.gsm8k --table                          only prints what was measured here
 
 --data is GSM8K's training set, {"question": .., "answer": ..} in every line. Its rows are shuffled
@@ -48,6 +50,7 @@ RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 
           "--dtype bfloat16 --validation 32 --eval-every 100 --save-every 20 --seed 0")
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
+PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32}       # the paper's
 STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
@@ -76,10 +79,13 @@ def split(data, out):
 def train(method, args):
     """Train one method, or what is left of it. RuntimeError: it failed."""
     out = Path(args.out) / method
+    wanted = {"max_steps": args.updates, **{name: getattr(args, name) for name in PATH}}
     if (out / "args.json").exists():
-        done = json.loads((out / "args.json").read_text(encoding="utf-8"))["max_steps"]
-        if done != args.updates:
-            raise ValueError(f"{out} is of {done} updates, not {args.updates}: take another --out")
+        done = json.loads((out / "args.json").read_text(encoding="utf-8"))
+        for name, value in wanted.items():
+            if done[name] != value:
+                raise ValueError(f"{out} is of {name} = {done[name]}, not {value}: take another "
+                                 "--out")
     if (out / "model.safetensors").exists():
         return
     if (out / "checkpoint.safetensors").exists():
@@ -88,7 +94,8 @@ def train(method, args):
     else:
         data = Path(args.out) / "train.jsonl"
         places = shlex.join(["--model", args.model, "--data", str(data), "--out", str(out)])
-        command = f"{METHODS[method]} {RECIPE} --max-steps {args.updates} {places}"
+        numbers = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wanted.items())
+        command = f"{METHODS[method]} {RECIPE} {numbers} {places}"
     print(f"python {command}", flush=True)
     if subprocess.run([sys.executable, *shlex.split(command)]).returncode:
         raise RuntimeError(f"the training of {out} stopped: see above, then start again")
@@ -165,8 +172,8 @@ def choices(bench):
     """([(name, line)] of the sweep, ways chosen by it): the best time for one evaluation on noise,
     the best start for each T and the best time to tell, by the share of tokens whose right one is
     the most likely."""
-    base, lines = bench.base("choose"), []
-    for name, way, settings in sweep(TIMES, STARTS):
+    base, lines, brief = bench.base("choose"), [], bench.args.only_steps
+    for name, way, settings in map(way_noise, TIMES) if brief else sweep(TIMES, STARTS):
         scores = bench.measure(name, way, settings, rows="choose")
         lines.append((name, summary(*shared(scores, base))))
     found = dict(lines)
@@ -174,9 +181,10 @@ def choices(bench):
     def best(ways):
         return max(ways, key=lambda way: found[way[0]]["greedy"][0])
     chosen = [best([way_noise(t) for t in TIMES])]
-    for T in sorted({T for _, T in STARTS}):
-        chosen.append(best([way_from(*pair) for pair in STARTS if pair[1] == T]))
-    chosen.append(best([way_told(share) for share in SHARES]))
+    if not brief:
+        for T in sorted({T for _, T in STARTS}):
+            chosen.append(best([way_from(*pair) for pair in STARTS if pair[1] == T]))
+        chosen.append(best([way_told(share) for share in SHARES]))
     return [("T = 1, the base", summary(base, base)), *lines], chosen
 
 def plan(args, chosen):
@@ -190,9 +198,9 @@ def plan(args, chosen):
         return
     for T in args.steps:
         yield *way_steps(T), "l2d"
+    for way in chosen:
+        yield *way, "l2d"
     if not args.only_steps:
-        for way in chosen:
-            yield *way, "l2d"
         for solver, tolerance in ADAPTIVE:
             yield (f"{solver}, {tolerance:g}", usual,
                    {"steps": 2, "solver": solver, "atol": tolerance, "rtol": tolerance}, "l2d")
@@ -202,7 +210,7 @@ def plan(args, chosen):
 def measure(args):
     """All lines {"rows", "name", ..}, in the order of the table."""
     bench, lines, swept, chosen = Bench(args), [], [], []
-    if "l2d" in args.methods and not args.only_steps:
+    if "l2d" in args.methods:
         swept, chosen = choices(bench)
     training = {"seed": 0, "updates": args.updates}
     for name, way, settings, method in plan(args, chosen):
@@ -253,12 +261,16 @@ def parse_args():
     add("--out", default=OUT, help="folder for all of it (default: %(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     add("--updates", type=int, default=300, help="of 16 examples (default: %(default)s)")
+    for name, value in PATH.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value,
+            help="of the path (default: the paper's %(default)s)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
     add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")
     add("--steps", type=int, nargs="+", default=list(STEPS), help="T (default: %(default)s)")
     add("--long-rows", type=int, default=175,
         help=f"for T of {LONG} or more, and adaptive solvers (default: %(default)s)")
-    add("--only-steps", action="store_true", help="measure nothing of the path but --steps")
+    add("--only-steps", action="store_true",
+        help="of the path, measure only --steps and one evaluation on noise")
     add("--table", action="store_true", help="print the table of experiments/figures, no more")
     args = parser.parse_args()
     check_numbers(parser, vars(args), above_0=("updates", "rows", "long_rows", "choose_rows",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -166,8 +167,23 @@ def test_a_second_run_reads_and_a_part_is_continued(run, monkeypatch, capsys):
     assert "T = 31" in capsys.readouterr().out
 
 
+def test_another_sigma_with_few_ways(run, monkeypatch, capsys):
+    """The path is trained with it; one evaluation on noise is chosen and measured; the table of
+    this repository stays as it is."""
+    table = open(run.folder / "table.jsonl").read()
+    options = OPTIONS + ["--methods", "l2d", "--only-steps", "--steps", "3"]
+    run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4")
+    done = json.loads(open("out/other/l2d/args.json").read())
+    assert (done["sigma"], done["dim"], done["lora_rank"]) == (16, 32, 4)
+    printed = capsys.readouterr().out.split("on the rows for choices")
+    for part, count in zip(printed, (1, len(gsm8k.TIMES)), strict=True):
+        assert len({*re.findall(r"^one evaluation on noise, t = [0-9.]+", part, re.M)}) == count
+    assert "T = 2" not in printed[0] and open(run.folder / "table.jsonl").read() == table
+
+
 @pytest.mark.parametrize("options, words", [
-    (["--updates", "2"], "is of 1 updates, not 2"),
+    (["--updates", "2"], "is of max_steps = 1, not 2"),
+    (["--sigma", "16"], "is of sigma = 64.0, not 16.0"),
     (["--data", "base/config.json"], "holds other rows than base/config.json")])
 def test_what_does_not_fit_is_refused(run, monkeypatch, options, words):
     with pytest.raises(ValueError, match=words):
