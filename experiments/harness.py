@@ -7,7 +7,8 @@
     python -m experiments.harness --tasks humaneval_64,mbpp --run-generated-code
 
 Every T of --steps (1 is the base) is measured twice: "sampled" draws the last token of the
-diffusion untempered (temperature 1, top_p 1: Section 4.1), "greedy" takes the most likely one. A
+diffusion untempered (temperature 1, top_p 1: Section 4.1), "greedy" takes the most likely one. An
+ordinary checkpoint, such as a finetuned base, has no T, and is measured once in each way. A
 question comes as a chat, after five solved ones as turns of their own, or as many as the harness
 has: MATH 4, MBPP 3, HumanEval none. A .jsonl file holds {"question": "..", "answer": "..#### 42"}
 in every row, and lends its own rows, never the one asked. MMLU and MMLU-Pro are judged by the
@@ -35,12 +36,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from experiments.results import add_models, append_line, interval, model_folders
-from l2d import TABLEAUS, check_steps
+from l2d import L2D, TABLEAUS, check_steps
 from support.chats import DATE, read_rows
-from support.console import check_numbers, console, load_model, load_tokenizer, pick_device
+from support.console import (check_numbers, console, load, load_base, load_model, load_tokenizer,
+                             pick_device)
 
 TASKS = {                                                # name here: name in the harness
     "gsm8k": "gsm8k", "math": "minerva_math", "math500": "minerva_math500",
@@ -138,9 +140,13 @@ def set_decoding(task, decoding, lm, max_new_tokens):
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def load(folder, solver, device, batch_size):
-    """A trained model as the harness's HFLM. ValueError: a tokenizer without chat template."""
-    model = load_model(folder, solver=solver, steps=1)   # each measurement has a T of its own
+def load_lm(folder, solver, device, batch_size):
+    """A trained path or an ordinary checkpoint as the harness's HFLM. ValueError: a tokenizer
+    without chat template."""
+    if load(AutoConfig, folder).model_type == "l2d":
+        model = load_model(folder, solver=solver, steps=1)   # each measurement has a T of its own
+    else:
+        model = load_base(folder)
     tokens = {name: getattr(model.generation_config, name)
               for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Many a base's own tempers the sampling.
@@ -177,7 +183,8 @@ def measure(lm, loaded, decoding, settings):
             "cut_prompts": sum(len(lm.tok_encode(prompt)) > longest for prompt in prompts)}
 
 def plan(found, steps):
-    """What to measure, in order: (name, the harness's tasks, T, decoding)."""
+    """What to measure, in order: (name, the harness's tasks, T, decoding). steps: [None] for an
+    ordinary checkpoint."""
     for name, loaded in found.items():
         task = next(iter(loaded["tasks"].values())).config
         ways = ["likelihood"]
@@ -223,14 +230,17 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", b
                 "max_new_tokens": max_new_tokens, "run_generated_code": run_generated_code,
                 "command": command(), "versions": versions}
     for folder in folders:
-        lm = load(folder, solver, device, batch_size)
+        lm = load_lm(folder, solver, device, batch_size)
+        is_l2d = isinstance(lm.model, L2D)
         template = lm.tokenizer.chat_template
         settings["chat_template"] = {
             "sha256": hashlib.sha256(template.encode()).hexdigest()[:12],
             "first_line": template.strip().splitlines()[0][:80]}
-        for name, loaded, T, decoding in plan(found, steps):
-            lm.model.config.steps = T
-            line = {"name": f"{name}, T = {T}, {decoding}", "model": str(folder), "task": name,
+        for name, loaded, T, decoding in plan(found, steps if is_l2d else [None]):
+            if is_l2d:
+                lm.model.config.steps = T
+            way = f"T = {T}" if is_l2d else Path(folder).name
+            line = {"name": f"{name}, {way}, {decoding}", "model": str(folder), "task": name,
                     "steps": T, "decoding": decoding}
             lines.append(line | measure(lm, loaded, decoding, settings) | settings)
             report(lines[-1])

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from experiments import evaluate, harness
 from experiments.results import interval
@@ -49,7 +49,8 @@ def folder(tmp_path_factory):
     for p in model.path.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
     model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+    for name in ("base", "model"):
+        tokenizer.save_pretrained(folder / name)
     rows = [{"question": f"What is {k} plus {k}?", "answer": f"Twice {k}.\n#### {2 * k}"} for k in range(1, 7)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "letters.yaml").write_text(CHOICES % (folder / "rows.jsonl"), encoding="utf-8")
@@ -63,15 +64,15 @@ def spy(lm_eval, monkeypatch):
     for method in ("generate_until", "loglikelihood"):
         def call(lm, requests, do=getattr(HFLM, method)):
             answers = do(lm, requests)
-            seen.extend((lm.model.config.steps, request.args, answer) for request, answer in zip(requests, answers))
+            seen.extend((getattr(lm.model.config, "steps", 1), request.args, answer) for request, answer in zip(requests, answers))
             return answers
         monkeypatch.setattr(HFLM, method, call)
     return seen
 
 
-def run(folder, task="rows.jsonl", **options):
+def run(folder, task="rows.jsonl", model="model", **options):
     options = dict(steps=[1, 3], shots=2, max_new_tokens=12, batch_size=4) | options
-    return harness.run([folder / "model"], [str(folder / task)], **options)
+    return harness.run([folder / model], [str(folder / task)], **options)
 
 
 def answers(seen, T, greedy):
@@ -81,16 +82,18 @@ def answers(seen, T, greedy):
     return [answer for how, answer in wrote if not how["do_sample"]] if greedy else rated
 
 
-def test_at_T1_the_harness_sees_the_base(folder, spy, monkeypatch):
-    """What is written greedily, and all likelihoods, are the bare base's own at T = 1, and others at T = 3."""
+def test_at_T1_the_harness_sees_the_base(folder, spy, capsys):
+    """What is written greedily, and all likelihoods, are the bare base's own at T = 1, and others at T = 3. The base
+    alone has no T, whatever is asked for, and is measured once in each way."""
     run(folder)
     run(folder, "letters.yaml")
     ours = list(spy)
     spy.clear()
-    base = AutoModelForCausalLM.from_pretrained(folder / "base").eval()
-    monkeypatch.setattr(harness, "load_model", lambda folder, **settings: base)
-    run(folder, steps=[1])
-    run(folder, "letters.yaml", steps=[1])
+    capsys.readouterr()
+    lines = run(folder, model="base") + run(folder, "letters.yaml", model="base")
+    assert [(line["steps"], line["decoding"]) for line in lines] == [
+        (None, "sampled"), (None, "greedy"), (None, "likelihood")]
+    assert "rows.jsonl, base, greedy: " in capsys.readouterr().out
     texts, likelihoods = answers(spy, 1, greedy=True), answers(spy, 1, greedy=False)
     assert len(texts) == 6 and len(set(texts)) > 1 and len(likelihoods) == 18 and len(set(likelihoods)) == 18
     assert answers(ours, 1, greedy=True) == texts
