@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 from experiments import harness
 from experiments.results import (add_models, add_questions, append_line, check_questions, interval,
                                  model_folders, read_log, student)
-from l2d import ANSWER, L2D, TABLEAUS, VELOCITIES, check_steps, gumbel
+from l2d import ANSWER, L2D, TABLEAUS, check_steps, gumbel
 from support.chats import render
 from support.console import check_numbers, console, load, load_model, load_tokenizer
 from support.tiny import KINDS, LABELS, questions
@@ -38,6 +38,10 @@ from support.tiny import KINDS, LABELS, questions
 # What a measurement does not set itself, so that no setting of one reaches the next.
 USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single evaluation
+
+# What means nothing to standard benchmarks, and to the tiny model's questions.
+ONLY_QUESTIONS = ("questions", "tolerances", "guidance", "beams", "again", "figure")
+ONLY_TASKS = ("shots", "limit", "batch_size", "max_new_tokens", "device", "run_generated_code")
 
 # ---- Answering -----------------------------------------------------------------------------------
 
@@ -156,9 +160,8 @@ def table(bench, args):
 def lines_of(bench, args):
     """(name, settings) of every line, in order."""
     both = ((1.0, "sampled"), (0.0, "greedy"))
-    others = {"velocity": args.velocity, "t_end": args.t_end, "solver": args.solver}
-    others = {key: value for key, value in others.items() if value}
-    told = "".join(f", {key}={value}" for key, value in others.items())
+    others = harness.settings_of(args)
+    told = harness.told(others)
     if not bench.is_l2d:
         name = Path(bench.folder).name
         return [(f"{name}, {kind}", {"temperature": tau}) for tau, kind in both]
@@ -271,9 +274,7 @@ def parse_args():
     add_models(parser)
     add_questions(parser)
     add("--steps", type=int, nargs="+", help="T (default: 1 3 7 15 31; with --tasks 1 15)")
-    add("--solver", choices=TABLEAUS, help="(default: midpoint)")
-    add("--velocity", choices=VELOCITIES, help="(default: argmax)")
-    add("--t-end", type=float, help="where the integration stops (default: the solver's)")
+    harness.add_settings(parser)
     add("--tolerances", type=float, nargs="+", default=[3e-4],
         help="of an adaptive solver (default: 3e-4)")
     add("--guidance", type=float, nargs="+", metavar="W",
@@ -287,6 +288,10 @@ def parse_args():
     args.steps = args.steps or ([1, 15] if args.tasks else [1, 3, 7, 15, 31])
     check_numbers(parser, vars(args), above_0=("tolerances", "beams"), from_0=["guidance"])
     harness.check_arguments(parser, args)
+    for name in ONLY_QUESTIONS if args.tasks else ONLY_TASKS:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} does nothing {'with' if args.tasks else 'without'}"
+                         " --tasks: leave it out")
     check_questions(parser, args)
     if args.figure:
         check_figure(parser, args)
@@ -315,10 +320,10 @@ def benches(args):
     if 0 < len(ordinary) < len(found):
         raise ValueError(f"{', '.join(ordinary)}: no trained path, unlike the other models; "
                          "measure them by themselves")
-    for option in ("guidance", "beams", "figure"):
+    for option in ("guidance", "beams", "figure", *harness.settings_of(args)):
         if ordinary and getattr(args, option):
-            raise ValueError(f"{', '.join(ordinary)}: an ordinary checkpoint, and --{option} needs "
-                             "a trained path")
+            raise ValueError(f"{', '.join(ordinary)}: an ordinary checkpoint, and "
+                             f"--{option.replace('_', '-')} needs a trained path")
     return found
 
 def main():

@@ -39,7 +39,7 @@ import transformers
 from transformers import AutoConfig, GenerationConfig
 
 from experiments.results import add_models, append_line, interval, model_folders
-from l2d import L2D, TABLEAUS, check_steps
+from l2d import L2D, TABLEAUS, VELOCITIES, check_steps
 from support.chats import DATE, read_rows
 from support.console import (check_numbers, console, load, load_base, load_model, load_tokenizer,
                              pick_device)
@@ -140,11 +140,11 @@ def set_decoding(task, decoding, lm, max_new_tokens):
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def load_lm(folder, solver, device, batch_size):
+def load_lm(folder, how, device, batch_size):
     """A trained path or an ordinary checkpoint as the harness's HFLM. ValueError: a tokenizer
     without chat template."""
     if load(AutoConfig, folder).model_type == "l2d":
-        model = load_model(folder, solver=solver, steps=1)   # each measurement has a T of its own
+        model = load_model(folder, steps=1, **how)       # each measurement has a T of its own
     else:
         model = load_base(folder)
     tokens = {name: getattr(model.generation_config, name)
@@ -202,8 +202,8 @@ def report(line):
         shares.append(f"{key} {value:.1%} ({bounds[0]:.1%}, {bounds[1]:.1%})" if bounds else
                       f"{key} {value:.4g}")
     print(f"\n{line['name']}: {'; '.join(shares)}\n  n = {line['n']}, {line['shots']} shots, "
-          f"{line['samples']} sample(s) each, seed {line['seed']}, {line['solver']}, batches of "
-          f"{line['batch_size']}, {json.dumps(line['generation'])}")
+          f"{line['samples']} sample(s) each, seed {line['seed']}, batches of {line['batch_size']}, "
+          f"{json.dumps(line['how'])}, {json.dumps(line['generation'])}")
     if line["cut_prompts"]:
         print(f"  {line['cut_prompts']} prompts were too long and lost their beginning: use fewer "
               "--shots or --max-new-tokens")
@@ -216,22 +216,25 @@ def command():
     """What was typed, as `python -m`."""
     return shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
-def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", batch_size=8,
-        max_new_tokens=None, device=None, run_generated_code=False):
+def run(folders, tasks, steps, shots=5, limit=None, seed=0, batch_size=8, max_new_tokens=None,
+        device=None, run_generated_code=False, **how):
     """All tasks for every model and T: the results, which are also printed and appended to
-    benchmarks.jsonl. ImportError, OSError, ValueError: a package, a file, a row or a setting that
-    is not there or not as it should be."""
+    benchmarks.jsonl. how: settings of a path. ImportError, OSError, ValueError: a package, a file,
+    a row or a setting that is not there or not as it should be."""
+    given, how = how, {"solver": "midpoint"} | how
     for T in steps:
-        check_steps(solver, T)
+        check_steps(how["solver"], T)
     found, lines = load_tasks(tasks, shots, run_generated_code), []
     versions = {package.__name__: package.__version__
                 for package in (torch, transformers, import_harness())}
-    settings = {"seed": seed, "limit": limit, "solver": solver, "batch_size": batch_size,
+    settings = {"seed": seed, "limit": limit, "how": how, "batch_size": batch_size,
                 "max_new_tokens": max_new_tokens, "run_generated_code": run_generated_code,
                 "command": command(), "versions": versions}
     for folder in folders:
-        lm = load_lm(folder, solver, device, batch_size)
+        lm = load_lm(folder, how, device, batch_size)
         is_l2d = isinstance(lm.model, L2D)
+        if given and not is_l2d:
+            raise ValueError(f"{folder} has no trained path: leave out {told(given)[2:]}")
         template = lm.tokenizer.chat_template
         settings["chat_template"] = {
             "sha256": hashlib.sha256(template.encode()).hexdigest()[:12],
@@ -239,7 +242,7 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", b
         for name, loaded, T, decoding in plan(found, steps if is_l2d else [None]):
             if is_l2d:
                 lm.model.config.steps = T
-            way = f"T = {T}" if is_l2d else Path(folder).name
+            way = f"T = {T}{told(given)}" if is_l2d else Path(folder).name
             line = {"name": f"{name}, {way}, {decoding}", "model": str(folder), "task": name,
                     "steps": T, "decoding": decoding}
             lines.append(line | measure(lm, loaded, decoding, settings) | settings)
@@ -248,6 +251,23 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, solver="midpoint", b
     return lines
 
 # ---- The command line ----------------------------------------------------------------------------
+
+def add_settings(parser):
+    """How the diffusion goes."""
+    add = parser.add_argument
+    add("--solver", choices=TABLEAUS, help="(default: midpoint)")
+    add("--velocity", choices=VELOCITIES, help="(default: argmax)")
+    add("--t-start", type=float,
+        help="where the integration starts (default: 0); T = 1 is then one evaluation on noise")
+    add("--t-end", type=float, help="where the integration stops (default: the solver's)")
+
+def settings_of(args):
+    """Those that were given."""
+    names = ("velocity", "t_start", "t_end", "solver")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+def told(given):
+    return "".join(f", {name}={value}" for name, value in given.items())
 
 def add_arguments(parser):
     """The options that experiments/evaluate.py does not have without benchmarks."""
@@ -272,16 +292,15 @@ def check_arguments(parser, args):
 def evaluate(args, folders):
     """What the command line asks for."""
     tasks = [name for name in args.tasks.split(",") if name]
-    run(folders, tasks, args.steps, args.shots, args.limit, args.seed, args.solver or "midpoint",
-        args.batch_size, args.max_new_tokens, args.device, args.run_generated_code)
+    run(folders, tasks, args.steps, args.shots, args.limit, args.seed, args.batch_size,
+        args.max_new_tokens, args.device, args.run_generated_code, **settings_of(args))
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models(parser)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 15], help="T (default: 1 15)")
-    parser.add_argument("--solver", choices=TABLEAUS, default="midpoint",
-                        help="(default: midpoint)")
+    add_settings(parser)
     parser.add_argument("--seed", type=int, default=0,
                         help="of the shots, the noise and sampling (default: %(default)s)")
     add_arguments(parser)

@@ -375,6 +375,8 @@ SCRIPTS = {                                              # name: (what is spoilt
     "damaged results": (write("path/results.jsonl", "{}\n"), EVALUATE, 1, ["path/results.jsonl", "line 1", "delete"]),
     "no benchmark": (nothing, [*EVALUATE, "--tasks", ","], 2, ["--tasks ','", "gsm8k"]),
     "batches of 0": (nothing, [*EVALUATE, "--tasks", "gsm8k", "--batch-size", "0"], 2, ["--batch-size 0", "above 0"]),
+    "beams in a benchmark": (nothing, [*EVALUATE, "--tasks", "gsm8k", "--questions", "1020", "--beams", "3"], 2, ["--beams does nothing with --tasks"]),
+    "shots without a benchmark": (nothing, [*EVALUATE, "--shots", "3"], 2, ["--shots does nothing without --tasks"]),
     "-1 shots": (nothing, ["experiments.harness", "--tasks", "gsm8k", "--shots", "-1"], 2, ["--shots -1", "0 or more"]),
     "inside nothing": (nothing, [*PROCESS, "--out", "nowhere"], 1, ["nowhere"]),
     "inside without questions": (nothing, [*PROCESS, "--questions", "0"], 2, ["--questions 0", "3 or more"]),

@@ -102,6 +102,19 @@ def test_at_T1_the_harness_sees_the_base(folder, spy, capsys):
     assert answers(ours, 3, greedy=False) != pytest.approx(likelihoods, abs=1e-1)
 
 
+def test_one_evaluation_on_noise(folder, spy, capsys):
+    """T = 1 from a later start is not the base; the result says so; a base alone has no such setting."""
+    run(folder, steps=[1])
+    base = answers(spy, 1, greedy=True)
+    spy.clear()
+    line = run(folder, steps=[1], t_start=0.3)[-1]
+    assert len(base) == 6 and answers(spy, 1, greedy=True) != base
+    assert line["name"].endswith("rows.jsonl, T = 1, t_start=0.3, greedy") and line["name"] in capsys.readouterr().out
+    assert line["how"] == {"solver": "midpoint", "t_start": 0.3}
+    with pytest.raises(ValueError, match="no trained path: leave out t_start=0.3"):
+        run(folder, model="base", t_start=0.3)
+
+
 def test_seed_decides_what_is_sampled(folder, spy):
     for seed in (0, 0, 1):
         run(folder, steps=[3], seed=seed)
