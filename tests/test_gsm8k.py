@@ -135,6 +135,9 @@ def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
     long = next(line for line in lines if line["name"] == "T = 31")
     assert (long["examples"], long["evaluations"]) == (3, 31)
     assert set(long["over"]) == {"greedy", "sampled"}
+    adaptive = [line for line in lines if line["name"].startswith("fehlberg2, ")]
+    assert [line["name"] for line in adaptive] == ["fehlberg2, 0.03", "fehlberg2, 0.0003"]
+    assert adaptive[0]["evaluations"] <= adaptive[1]["evaluations"] <= gsm8k.CAP
     assert sum(name.startswith("one evaluation") for name in names) == 1
     assert sum(line["rows"] == "choose" for line in lines) == len(list(tokens.sweep(gsm8k.TIMES, gsm8k.STARTS))) + 1
     assert "base after lora finetuning" in capsys.readouterr().out
