@@ -371,6 +371,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "measure guidance nan": (nothing, [*EVALUATE, "--guidance", "nan"], 2, ["--guidance nan", "0 or more"]),
     "models of seed -1": (nothing, [EVALUATE[0], "--seeds", "0", "-1"], 2, ["--seeds -1", "4194303"]),
     "guidance of an ordinary checkpoint": (nothing, [*EVALUATE, "--out", "base", "--guidance", "2"], 1, ["base", "--guidance", "trained path"]),
+    "a start of an ordinary checkpoint": (nothing, [*EVALUATE, "--out", "base", "--t-start", "0.2"], 1, ["base", "--t-start", "trained path"]),
     "paths among ordinary checkpoints": (nothing, [*EVALUATE, "--out", "path", "base"], 1, ["base", "by themselves"]),
     "damaged results": (write("path/results.jsonl", "{}\n"), EVALUATE, 1, ["path/results.jsonl", "line 1", "delete"]),
     "no benchmark": (nothing, [*EVALUATE, "--tasks", ","], 2, ["--tasks ','", "gsm8k"]),

@@ -136,7 +136,7 @@ def test_half_a_line_that_a_kill_leaves_of_the_results_is_cut_off(folder, tmp_pa
 @pytest.mark.parametrize("what", [{"guidance": [2.0], "beams": None},
                                   {"guidance": None, "beams": [2]}])
 def test_guidance_and_beams_are_measured_with_the_solver_that_was_asked_for(folder, what):
-    asked = {"velocity": "sample", "t_end": 0.9, "solver": "euler"}
+    asked = {"velocity": "sample", "t_start": 0.1, "t_end": 0.9, "solver": "euler"}
     (name, settings), = lines_of(Bench(folder / "l2d"), SimpleNamespace(steps=[3], **asked, **what))
     assert asked.items() <= settings.items() and "solver=euler" in name
 
