@@ -41,7 +41,8 @@ TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single
 
 # What means nothing to standard benchmarks, and to the tiny model's questions.
 ONLY_QUESTIONS = ("questions", "tolerances", "guidance", "beams", "again", "figure")
-ONLY_TASKS = ("shots", "limit", "batch_size", "max_new_tokens", "device", "run_generated_code")
+ONLY_TASKS = ("shots", "limit", "batch_size", "max_new_tokens", "device", "dtype",
+              "run_generated_code")
 
 # ---- Answering -----------------------------------------------------------------------------------
 

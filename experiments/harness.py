@@ -140,13 +140,14 @@ def set_decoding(task, decoding, lm, max_new_tokens):
 
 # ---- Measuring -----------------------------------------------------------------------------------
 
-def load_lm(folder, how, device, batch_size):
+def load_lm(folder, how, device, dtype, batch_size):
     """A trained path or an ordinary checkpoint as the harness's HFLM. ValueError: a tokenizer
     without chat template."""
-    if load(AutoConfig, folder).model_type == "l2d":
-        model = load_model(folder, steps=1, **how)       # each measurement has a T of its own
+    dtype = getattr(torch, dtype) if dtype else "auto"
+    if load(AutoConfig, folder).model_type == "l2d":     # each measurement has a T of its own
+        model = load_model(folder, steps=1, dtype=dtype, **how)
     else:
-        model = load_base(folder)
+        model = load_base(folder, dtype=dtype)
     tokens = {name: getattr(model.generation_config, name)
               for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Many a base's own tempers the sampling.
@@ -203,7 +204,7 @@ def report(line):
                       f"{key} {value:.4g}")
     print(f"\n{line['name']}: {'; '.join(shares)}\n  n = {line['n']}, {line['shots']} shots, "
           f"{line['samples']} sample(s) each, seed {line['seed']}, batches of {line['batch_size']}, "
-          f"{json.dumps(line['how'])}, {json.dumps(line['generation'])}")
+          f"{line['dtype']}, {json.dumps(line['how'])}, {json.dumps(line['generation'])}")
     if line["cut_prompts"]:
         print(f"  {line['cut_prompts']} prompts were too long and lost their beginning: use fewer "
               "--shots or --max-new-tokens")
@@ -217,7 +218,7 @@ def command():
     return shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 def run(folders, tasks, steps, shots=5, limit=None, seed=0, batch_size=8, max_new_tokens=None,
-        device=None, run_generated_code=False, **how):
+        device=None, dtype=None, run_generated_code=False, **how):
     """All tasks for every model and T: the results, which are also printed and appended to
     benchmarks.jsonl. how: settings of a path. ImportError, OSError, ValueError: a package, a file,
     a row or a setting that is not there or not as it should be."""
@@ -231,7 +232,8 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, batch_size=8, max_ne
                 "max_new_tokens": max_new_tokens, "run_generated_code": run_generated_code,
                 "command": command(), "versions": versions}
     for folder in folders:
-        lm = load_lm(folder, how, device, batch_size)
+        lm = load_lm(folder, how, device, dtype, batch_size)
+        settings["dtype"] = str(lm.model.dtype).removeprefix("torch.")
         is_l2d = isinstance(lm.model, L2D)
         if given and not is_l2d:
             raise ValueError(f"{folder} has no trained path: leave out {told(given)[2:]}")
@@ -279,6 +281,7 @@ def add_arguments(parser):
     add("--batch-size", type=int, default=8, help="(default: %(default)s)")
     add("--max-new-tokens", type=int, help="(default: the task's own, or 256)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--dtype", choices=("bfloat16", "float32"), help="(default: that of the folder)")
     add("--run-generated-code", action="store_true",
         help="let HumanEval and MBPP run the model's code here")
 
@@ -293,7 +296,7 @@ def evaluate(args, folders):
     """What the command line asks for."""
     tasks = [name for name in args.tasks.split(",") if name]
     run(folders, tasks, args.steps, args.shots, args.limit, args.seed, args.batch_size,
-        args.max_new_tokens, args.device, args.run_generated_code, **settings_of(args))
+        args.max_new_tokens, args.device, args.dtype, args.run_generated_code, **settings_of(args))
 
 def main():
     parser = argparse.ArgumentParser(

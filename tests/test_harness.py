@@ -110,7 +110,8 @@ def test_one_evaluation_on_noise(folder, spy, capsys):
     line = run(folder, steps=[1], t_start=0.3)[-1]
     assert len(base) == 6 and answers(spy, 1, greedy=True) != base
     assert line["name"].endswith("rows.jsonl, T = 1, t_start=0.3, greedy") and line["name"] in capsys.readouterr().out
-    assert line["how"] == {"solver": "midpoint", "t_start": 0.3}
+    assert line["how"] == {"solver": "midpoint", "t_start": 0.3} and line["dtype"] == "float32"
+    assert run(folder, steps=[1], t_start=0.3, limit=1, dtype="bfloat16")[-1]["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="no trained path: leave out t_start=0.3"):
         run(folder, model="base", t_start=0.3)
 
