@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from experiments import harness
 from experiments.results import (add_models, add_questions, append_line, check_questions, interval,
-                                 model_folders, read_log, student)
+                                 is_path, model_folders, read_log, student)
 from l2d import ANSWER, L2D, TABLEAUS, check_steps, gumbel
 from support.chats import render
 from support.console import check_numbers, console, load, load_model, load_tokenizer
@@ -123,7 +123,7 @@ class Bench:
         if not file.exists():
             raise OSError(f"{self.folder} holds no trained model (there is no {file}): train one, "
                           "or name another with --out")
-        return load(AutoConfig, self.folder).model_type == "l2d"
+        return is_path(self.folder)
 
     def record(self, line):
         """Append a result to the file."""
@@ -289,10 +289,10 @@ def parse_args():
     args.steps = args.steps or ([1, 15] if args.tasks else [1, 3, 7, 15, 31])
     check_numbers(parser, vars(args), above_0=("tolerances", "beams"), from_0=["guidance"])
     harness.check_arguments(parser, args)
-    for name in ONLY_QUESTIONS if args.tasks else ONLY_TASKS:
+    idle, where = (ONLY_QUESTIONS, "with") if args.tasks else (ONLY_TASKS, "without")
+    for name in idle:
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} does nothing {'with' if args.tasks else 'without'}"
-                         " --tasks: leave it out")
+            parser.error(f"--{name.replace('_', '-')} does nothing {where} --tasks: leave it out")
     check_questions(parser, args)
     if args.figure:
         check_figure(parser, args)

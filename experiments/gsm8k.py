@@ -15,7 +15,7 @@ LoRA and by full finetuning on the same examples in the same order. Every token 
 predicted after the right tokens before it (teacher forcing). Stop it at any time: training goes on
 from its checkpoint, and measurements from the last batch of rows. --methods and --steps do a part;
 parts may run side by side, each with its own --methods or --steps. The table goes to
-experiments/figures/gsm8k.jsonl if --out is the default."""
+experiments/figures/gsm8k.jsonl if --out is the default and the path is the paper's."""
 
 import argparse
 import json
@@ -31,15 +31,14 @@ from types import SimpleNamespace
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
-from experiments.results import read_log
+from experiments.results import is_path, read_log
 from experiments.tokens import (COMPARE, SHARES, answer, gains, on_truth, read, report, report_over,
                                 shared, summary, sweep, usual, way_from, way_noise, way_steps,
                                 way_told)
 from l2d import L2D, L2DConfig
 from support import chats
-from support.console import (check_numbers, console, load, load_base, load_model, load_tensors,
+from support.console import (check_numbers, console, load_base, load_model, load_tensors,
                              load_tokenizer, save_tensors, write_whole)
 from train import micro_batches
 
@@ -107,7 +106,7 @@ class Model:
 
     def __init__(self, folder):
         self.stamp = zlib.crc32((Path(folder) / "model.safetensors").read_bytes())
-        if load(AutoConfig, folder).model_type == "l2d":
+        if is_path(folder):
             self.l2d = load_model(folder, dtype=torch.bfloat16)
         else:                                            # an untrained path: T = 1 is the base
             base = load_base(folder, dtype=torch.bfloat16)
@@ -295,7 +294,7 @@ def main():
     for method in args.methods:
         train(method, args)
     lines = measure(args)
-    if args.out == OUT:
+    if args.out == OUT and all(getattr(args, name) == value for name, value in PATH.items()):
         keep(lines)
     print_tables(lines)
 

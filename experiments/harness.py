@@ -36,12 +36,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
-from experiments.results import add_models, append_line, interval, model_folders
+from experiments.results import add_models, append_line, interval, is_path, model_folders
 from l2d import L2D, TABLEAUS, VELOCITIES, check_steps
 from support.chats import DATE, read_rows
-from support.console import (check_numbers, console, load, load_base, load_model, load_tokenizer,
+from support.console import (check_numbers, console, load_base, load_model, load_tokenizer,
                              pick_device)
 
 TASKS = {                                                # name here: name in the harness
@@ -144,7 +144,7 @@ def load_lm(folder, how, device, dtype, batch_size):
     """A trained path or an ordinary checkpoint as the harness's HFLM. ValueError: a tokenizer
     without chat template."""
     dtype = getattr(torch, dtype) if dtype else "auto"
-    if load(AutoConfig, folder).model_type == "l2d":     # each measurement has a T of its own
+    if is_path(folder):                                  # each measurement has a T of its own
         model = load_model(folder, steps=1, dtype=dtype, **how)
     else:
         model = load_base(folder, dtype=dtype)
@@ -203,8 +203,9 @@ def report(line):
         shares.append(f"{key} {value:.1%} ({bounds[0]:.1%}, {bounds[1]:.1%})" if bounds else
                       f"{key} {value:.4g}")
     print(f"\n{line['name']}: {'; '.join(shares)}\n  n = {line['n']}, {line['shots']} shots, "
-          f"{line['samples']} sample(s) each, seed {line['seed']}, batches of {line['batch_size']}, "
-          f"{line['dtype']}, {json.dumps(line['how'])}, {json.dumps(line['generation'])}")
+          f"{line['samples']} sample(s) each, seed {line['seed']}, batches of "
+          f"{line['batch_size']}, {line['dtype']}, {json.dumps(line['how'])}, "
+          f"{json.dumps(line['generation'])}")
     if line["cut_prompts"]:
         print(f"  {line['cut_prompts']} prompts were too long and lost their beginning: use fewer "
               "--shots or --max-new-tokens")

@@ -4,7 +4,9 @@ import json
 import math
 import os
 
-from support.console import last_run
+from transformers import AutoConfig
+
+from support.console import last_run, load
 from support.tiny import base_folder
 
 def interval(right, n):
@@ -58,6 +60,10 @@ def model_folders(args):
         return [f"{base_folder(seed)}-l2d" for seed in dict.fromkeys(args.seeds)]
     last = args.out or [last_run("config.json", containing='"model_type": "l2d"')]
     return list(dict.fromkeys(map(str, last)))
+
+def is_path(folder):
+    """Whether a folder or hub name holds a trained path, not an ordinary checkpoint."""
+    return load(AutoConfig, folder).model_type == "l2d"
 
 def add_questions(parser):
     """How many questions of the tiny default, and which."""

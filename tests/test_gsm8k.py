@@ -182,6 +182,9 @@ def test_another_sigma_with_few_ways(run, monkeypatch, capsys):
     for part, count in zip(printed, (1, len(gsm8k.TIMES)), strict=True):
         assert len({*re.findall(r"^one evaluation on noise, t = [0-9.]+", part, re.M)}) == count
     assert "T = 2" not in printed[0] and open(run.folder / "table.jsonl").read() == table
+    monkeypatch.setattr(gsm8k, "OUT", "out/other")       # not even in the default folder does it replace the paper's
+    run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4")
+    assert open(run.folder / "table.jsonl").read() == table
 
 
 @pytest.mark.parametrize("options, words", [
