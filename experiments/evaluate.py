@@ -39,10 +39,8 @@ from support.tiny import KINDS, LABELS, questions
 USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single evaluation
 
-# What means nothing to standard benchmarks, and to the tiny model's questions.
+# What means nothing to standard benchmarks.
 ONLY_QUESTIONS = ("questions", "tolerances", "guidance", "beams", "again", "figure")
-ONLY_TASKS = ("shots", "limit", "batch_size", "max_new_tokens", "device", "dtype",
-              "run_generated_code")
 
 # ---- Answering -----------------------------------------------------------------------------------
 
@@ -289,7 +287,7 @@ def parse_args():
     args.steps = args.steps or ([1, 15] if args.tasks else [1, 3, 7, 15, 31])
     check_numbers(parser, vars(args), above_0=("tolerances", "beams"), from_0=["guidance"])
     harness.check_arguments(parser, args)
-    idle, where = (ONLY_QUESTIONS, "with") if args.tasks else (ONLY_TASKS, "without")
+    idle, where = (ONLY_QUESTIONS, "with") if args.tasks else (harness.option_names(), "without")
     for name in idle:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does nothing {where} --tasks: leave it out")
@@ -322,7 +320,7 @@ def benches(args):
         raise ValueError(f"{', '.join(ordinary)}: no trained path, unlike the other models; "
                          "measure them by themselves")
     for option in ("guidance", "beams", "figure", *harness.settings_of(args)):
-        if ordinary and getattr(args, option):
+        if ordinary and getattr(args, option) is not None:
             raise ValueError(f"{', '.join(ordinary)}: an ordinary checkpoint, and "
                              f"--{option.replace('_', '-')} needs a trained path")
     return found

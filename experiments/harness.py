@@ -286,6 +286,12 @@ def add_arguments(parser):
     add("--run-generated-code", action="store_true",
         help="let HumanEval and MBPP run the model's code here")
 
+def option_names():
+    """The names of these options."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return list(vars(parser.parse_args([])))
+
 def check_arguments(parser, args):
     """parser.error about an option that is out of its range."""
     check_numbers(parser, vars(args), above_0=("limit", "batch_size", "max_new_tokens"),
