@@ -15,7 +15,7 @@ LoRA and by full finetuning on the same examples in the same order. Every token 
 predicted after the right tokens before it (teacher forcing). Stop it at any time: training goes on
 from its checkpoint, and measurements from the last batch of rows. --methods and --steps do a part;
 parts may run side by side, each with its own --methods or --steps. The table goes to
-experiments/figures/gsm8k.jsonl if --out is the default and the path is the paper's."""
+experiments/figures/gsm8k.jsonl if --out, --seed and the path are the usual ones."""
 
 import argparse
 import json
@@ -39,17 +39,18 @@ from experiments.tokens import (COMPARE, SHARES, answer, gains, on_truth, read, 
 from l2d import L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
-                             load_tokenizer, save_tensors, write_whole)
+                             load_tokenizer, pick_device, save_tensors, write_whole)
 from train import micro_batches
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "figures" / "gsm8k.jsonl"
 OUT, SPLIT = "out/gsm8k", {"test": 400, "choose": 200}   # rows; the rest is "train"
 RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 10 "
-          "--dtype bfloat16 --validation 32 --eval-every 100 --save-every 20 --seed 0")
+          "--dtype bfloat16 --validation 32 --eval-every 100 --save-every 20")
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
 PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32}       # the paper's
+USUAL = PATH | {"seed": 0}                               # what the table was trained with
 STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
@@ -78,7 +79,7 @@ def split(data, out):
 def train(method, args):
     """Train one method, or what is left of it. RuntimeError: it failed."""
     out = Path(args.out) / method
-    wanted = {"max_steps": args.updates, **{name: getattr(args, name) for name in PATH}}
+    wanted = {"max_steps": args.updates, **{name: getattr(args, name) for name in USUAL}}
     if (out / "args.json").exists():
         done = json.loads((out / "args.json").read_text(encoding="utf-8"))
         for name, value in wanted.items():
@@ -92,7 +93,8 @@ def train(method, args):
         command = f"{script} --resume --out {shlex.quote(str(out))}"
     else:
         data = Path(args.out) / "train.jsonl"
-        places = shlex.join(["--model", args.model, "--data", str(data), "--out", str(out)])
+        places = shlex.join(["--model", args.model, "--data", str(data), "--out", str(out),
+                             "--device", args.device])
         numbers = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wanted.items())
         command = f"{METHODS[method]} {RECIPE} {numbers} {places}"
     print(f"python {command}", flush=True)
@@ -104,14 +106,14 @@ def train(method, args):
 class Model:
     """A trained path or finetuned base, in bfloat16, and a stamp that changes with its weights."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, device):
         self.stamp = zlib.crc32((Path(folder) / "model.safetensors").read_bytes())
         if is_path(folder):
             self.l2d = load_model(folder, dtype=torch.bfloat16)
         else:                                            # an untrained path: T = 1 is the base
             base = load_base(folder, dtype=torch.bfloat16)
             self.l2d = L2D(L2DConfig(base_model=str(folder)), base).eval()
-        self.l2d.merge_lora()
+        self.l2d.to(device).merge_lora()
         self.tokenizer = load_tokenizer(folder, self.l2d.base.config.vocab_size)
 
     def examples(self, file, n):
@@ -136,6 +138,7 @@ class Model:
             inputs = next(micro_batches(left[i:i + batch], options, pad, self.l2d))
             context, targets = read(self.l2d, **inputs)
             new = answer(self.l2d.current_path(), context, targets, way, settings)
+            new = {key: tensor.cpu() for key, tensor in new.items()}
             found = {key: torch.cat([found[key], new[key]]) if found else new[key] for key in new}
             save_tensors(found | {"stamp": stamp}, file)
         return found
@@ -157,7 +160,7 @@ class Bench:
         if key not in self.known:
             if method not in self.models:                # one at a time in memory
                 folder = Path(self.args.out) / method if method != "base" else self.args.model
-                self.models = {method: Model(folder)}
+                self.models = {method: Model(folder, self.args.device)}
             examples = self.models[method].examples(Path(self.args.out) / f"{rows}.jsonl", n)
             plain = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{rows} {n} {method} {name}")
             self.known[key] = self.models[method].scores(
@@ -212,7 +215,7 @@ def measure(args):
     bench, lines, swept, chosen = Bench(args), [], [], []
     if "l2d" in args.methods:
         swept, chosen = choices(bench)
-    training = {"seed": 0, "updates": args.updates}
+    training = {"seed": args.seed, "updates": args.updates}
     for name, way, settings, method in plan(args, chosen):
         scores = bench.measure(name, way, settings, method)
         line = {"rows": "test", "name": name} | training | summary(*shared(scores, bench.base()))
@@ -267,6 +270,8 @@ def parse_args():
     for name, value in PATH.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value,
             help="of the path (default: the paper's %(default)s)")
+    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
     add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")
     add("--steps", type=int, nargs="+", default=list(STEPS), help="T (default: %(default)s)")
@@ -288,13 +293,14 @@ def main():
     args = parse_args()
     if args.table:
         return print_tables(read_log(TABLE, "rows"))
+    args.device = pick_device(args.device)
     torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     split(args.data, args.out)
     for method in args.methods:
         train(method, args)
     lines = measure(args)
-    if args.out == OUT and all(getattr(args, name) == value for name, value in PATH.items()):
+    if args.out == OUT and all(getattr(args, name) == value for name, value in USUAL.items()):
         keep(lines)
     print_tables(lines)
 

@@ -43,7 +43,7 @@ def on_truth(path, context, targets, t):
 def fresh_noise(path, context, targets, steps):
     """x_t is made anew at each of T evaluations, at t = 0, 1/(T − 1), .., 1, from the last x̂ and
     fresh noise."""
-    times = torch.arange(steps) / (steps - 1)
+    times = torch.arange(steps, device=targets.device) / (steps - 1)
     logits = context.logits(context.hidden)
     for i, t in enumerate(times.tolist()[1:], start=1):
         other = replace(context, seeds=context.seeds ^ (i << 40))

@@ -175,21 +175,23 @@ def test_another_sigma_with_few_ways(run, monkeypatch, capsys):
     this repository stays as it is."""
     table = open(run.folder / "table.jsonl").read()
     options = OPTIONS + ["--methods", "l2d", "--only-steps", "--steps", "3"]
-    run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4")
+    run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4", "--seed", "5")
     done = json.loads(open("out/other/l2d/args.json").read())
-    assert (done["sigma"], done["dim"], done["lora_rank"]) == (16, 32, 4)
+    assert (done["sigma"], done["dim"], done["lora_rank"], done["seed"]) == (16, 32, 4, 5)
     printed = capsys.readouterr().out.split("on the rows for choices")
     for part, count in zip(printed, (1, len(gsm8k.TIMES)), strict=True):
         assert len({*re.findall(r"^one evaluation on noise, t = [0-9.]+", part, re.M)}) == count
     assert "T = 2" not in printed[0] and open(run.folder / "table.jsonl").read() == table
     monkeypatch.setattr(gsm8k, "OUT", "out/other")       # not even in the default folder does it replace the paper's
-    run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4")
+    run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4", "--seed", "5")
     assert open(run.folder / "table.jsonl").read() == table
 
 
 @pytest.mark.parametrize("options, words", [
     (["--updates", "2"], "is of max_steps = 1, not 2"),
     (["--sigma", "16"], "is of sigma = 64.0, not 16.0"),
+    (["--seed", "1"], "is of seed = 0, not 1"),
+    (["--device", "cuda:77"], "there is no device cuda:77"),
     (["--data", "base/config.json"], "holds other rows than base/config.json")])
 def test_what_does_not_fit_is_refused(run, monkeypatch, options, words):
     with pytest.raises(ValueError, match=words):
