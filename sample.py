@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from l2d import TABLEAUS, VELOCITIES
+from l2d import TABLEAUS, VELOCITIES, diffuse
 from support import console
 from support.chats import read_rows, render
-from support.trace import print_trace, trace
 
 SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start", "dtype")
 EXAMPLES = ["What is 17 times 23?", "Write a haiku about noise.", "Why is the sky blue?"]
@@ -51,6 +50,27 @@ def parse_args():
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
         parser.error("--prompt is empty")
     return args
+
+def trace(model, input_ids, class_ids=None, seeds=None):
+    """The token after input_ids [1, S], one dict per evaluation. ValueError: more than one row."""
+    if len(input_ids) != 1:
+        raise ValueError(f"input_ids has {len(input_ids)} rows; trace one at a time")
+    rows, states = [], []
+    def observe(x_t, t, logits):
+        states.append(x_t)
+        probability, token = logits[0, 0].float().softmax(-1).max(-1)
+        rows.append({"t": float(t), "token": token.item(), "probability": probability.item(),
+                     "moved": (x_t - states[-2:][0]).norm().item()})     # 0 at the first
+    context = model.read(model.kept(input_ids, 1), input_ids, class_ids=class_ids, seeds=seeds)
+    diffuse(model.current_path(), context, observe=observe)
+    return rows
+
+def print_trace(rows, tokenizer):
+    """One line per evaluation."""
+    print(f"{'n':>4} {'t':>6}  {'most likely':<16}{'probability':>12}{'moved':>9}")
+    for n, row in enumerate(rows, start=1):
+        token = repr(tokenizer.decode([row["token"]]))
+        print(f"{n:4d} {row['t']:6.3f}  {token:<16}{row['probability']:12.3f}{row['moved']:9.2f}")
 
 class Session:
     """A model that answers questions, and what its answers have cost so far."""

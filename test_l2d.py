@@ -41,7 +41,6 @@ from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, 
                  solve_fixed, uniform)
 from support import chats, tiny
 from support.chats import load_data
-from support.trace import trace
 
 torch.set_num_threads(1)                # for models this small, threads only wait for each other
 
@@ -1441,7 +1440,7 @@ def test_class_where_there_are_none():
 @pytest.mark.parametrize("solver, steps", [("euler", 1), ("euler", 4), ("midpoint", 7)])
 def test_trace(solver, steps):
     model = tiny_l2d(solver=solver, steps=steps)
-    rows = trace(model, IDS[:1], seeds=SEEDS[:1])
+    rows = sample_script.trace(model, IDS[:1], seeds=SEEDS[:1])
     times = [row["t"] for row in rows]
     assert len(rows) == steps and times == sorted(set(times))
     assert times[0] == 0 and times[-1] == (1 if steps > 1 else 0)
@@ -2083,7 +2082,7 @@ def test_sampling_from_the_command_line(trained):
 
     def answer(text):
         lines = text[text.index("> @abc"):].splitlines()
-        return [line for line in lines if not re.match(r" *(T|\d+) ", line)][1]
+        return [line for line in lines if not re.match(r" *(n|\d+) ", line)][1]
     alone = run("sample.py", *questions[2:4], *options, "--ahead", 1, cwd=folder)
     assert answer(alone) == answer(several) and len(answer(alone)) > 0
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config
 
 from l2d import L2D, L2DConfig
+from sample import trace
 from support import tiny
-from support.trace import trace
 from test_convert import Trap, make, release_state_dict
 from test_ecosystem import run
 

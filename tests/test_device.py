@@ -24,7 +24,6 @@ from experiments import finetune, gsm8k, tokens
 from l2d import L2D, TABLEAUS, VELOCITIES, L2DConfig
 from support import console, tiny
 from support.processes import processes
-from support.trace import trace
 from test_l2d import IDS, KINDS, SEEDS, exact_l2d, tiny_base, tiny_l2d, weights
 
 torch.set_num_threads(1)
@@ -192,7 +191,7 @@ def test_thinking_ahead_and_the_trace(simulated):
     model = exact_l2d()
     def tokens_and_trace(ids):
         rounds = model.generate_ahead(ids, 9, seeds=SEEDS[:1], class_ids=torch.tensor([1]))
-        rows = trace(model, ids, torch.tensor([1]), SEEDS[:1])
+        rows = sample.trace(model, ids, torch.tensor([1]), SEEDS[:1])
         return [token for found, _ in rounds for token in found], [row["token"] for row in rows]
     expected = tokens_and_trace(IDS[:1])
     with simulated():

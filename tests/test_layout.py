@@ -105,7 +105,7 @@ def area(name):
 
 
 def test_the_graph_is_not_empty():
-    assert {"l2d", "support.chats", "support.console"} <= GRAPH["train"] and "support.trace" in GRAPH["sample"]
+    assert {"l2d", "support.chats", "support.console"} <= GRAPH["train"] & GRAPH["sample"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -151,7 +151,7 @@ def lines(file):
 
 
 def test_support_is_small():
-    assert sum(len(lines(file)) for file in OWN if file.parent.name == "support") <= 620
+    assert sum(len(lines(file)) for file in OWN if file.parent.name == "support") <= 600
 
 
 @pytest.mark.parametrize("file", OWN, ids=lambda file: file.name)
