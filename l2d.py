@@ -44,6 +44,7 @@ method. Part II turns it into a causal LM that loads, generates and saves.
 import copy
 import math
 import os
+import threading
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -725,15 +726,17 @@ class CachedPath(DiffusionPath):
             self.by_time[t] = [block.adaLN_modulation(c) for block in self.blocks], weight
         modulations, weight = self.by_time[t]
         if context.class_ids is not None:
-            modulations = [table[0, context.class_ids] for table in modulations]
             weight = weight[0, context.class_ids]
         f = self.embed(x_t, t, context)
         return context.logits(self.walk_modulated(f, modulations, weight, context))
 
     def walk_modulated(self, f, modulations, weight, context):
-        """`walk`, where each block's scales, shifts and gates are known."""
+        """`walk`, where each block's scales, shifts and gates are known, if need be by class."""
         for i, block in enumerate(self.blocks):
-            f = block.modulated(f, modulations[i], context, i)
+            modulation = modulations[i]
+            if context.class_ids is not None:
+                modulation = modulation[0, context.class_ids]
+            f = block.modulated(f, modulation, context, i)
         return (context.hidden + weight * f).to(f.dtype)
 
     def table(self, embedding):
@@ -774,6 +777,10 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def __init__(self, config, base):
         config.check_base(base.config)
+        devices = sorted({str(p.device) for p in base.parameters()})
+        if len(devices) > 1:
+            raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
+                             'device: load it with device_map={"": 0}, or train with --shard')
         config.base_model = config.base_model or base.name_or_path
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
@@ -803,9 +810,10 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def current_path(self):
         """The path to evaluate with. (Edits through `p.data` are invisible: call eval() after.)"""
-        if self.training or self.derived is None:
-            return self.path
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in self.parameters()]
+        parameters = list(self.parameters())
+        if self.training or self.derived is None or any(p.is_inference() for p in parameters):
+            return self.path                    # (torch counts no changes of inference tensors)
+        weights = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
         if self.derived.get("weights") != weights:
             path = CachedPath(self.path, self.base.model.layers, self.base.dtype, self.merging,
                               self.compiled)
@@ -831,11 +839,17 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     @torch.no_grad()
     def run_base(self, input_ids, attention_mask, position_ids, cache, inputs_embeds=None):
         """Run the LM over S new tokens; the cache grows by S. Returns the hidden state before its
-        final norm [B, S, D]. The path is added there, and the library returns it only normed."""
+        final norm [B, S, D]. The path is added there, and the library returns it only normed.
+        ValueError: under autocast."""
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError("autocast would round what has to stay float32 (times, noise, the "
+                             "state): leave it out, and load the base with dtype=torch.bfloat16")
         lm, past, caught = self.base.model, int(cache.get_seq_length()), []
+        own = threading.get_ident()
 
         def catch(module, inputs):
-            caught.append(inputs[0])
+            if threading.get_ident() == own:            # others may use this model at this moment
+                caught.append(inputs[0])
         with lm.norm.register_forward_pre_hook(catch):      # by position: the cache's name changes
             lm(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=True)
         hidden = caught[0]
@@ -1014,15 +1028,17 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     @staticmethod
     def kept(tokens, logits_to_keep):
-        """logits_to_keep as a bool mask [B, S]."""
-        if torch.is_tensor(logits_to_keep) and logits_to_keep.dtype == torch.bool:
-            if logits_to_keep.dim() == 2:
-                return logits_to_keep
-        keep = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = slice(-logits_to_keep, None)
-        keep[:, logits_to_keep] = True
-        return keep
+        """logits_to_keep as a bool mask [B, S]. ValueError: it is neither that nor a number."""
+        shape = list(tokens.shape[:2])
+        if type(logits_to_keep) is int and logits_to_keep >= 0:
+            keep = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
+            keep[:, -logits_to_keep:] = True
+            return keep
+        is_mask = getattr(logits_to_keep, "dtype", None) == torch.bool
+        if not is_mask or list(logits_to_keep.shape) != shape:
+            raise ValueError(f"logits_to_keep must be how many of the last positions, or a bool "
+                             f"mask {shape}: not {logits_to_keep}")
+        return logits_to_keep
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
@@ -1089,9 +1105,10 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     # Saving and loading
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, state_dict=None, **kwargs):
         """Write the path (safetensors) and a configuration that names the base; never the base.
-        A base in a local folder is named relative to save_directory: both can move together."""
+        A base in a local folder is named relative to save_directory: both can move together.
+        state_dict, which the library's Trainer passes, is not used: it is the path's own."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
         base_model = self.config.base_model

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -765,6 +766,29 @@ def test_no_answer_is_stale_after_a_change(change, merge, dtype):
     after = model(IDS, **ask).logits
     assert torch.equal(after, fresh(model)(IDS, **ask).logits)
     assert before.dtype != after.dtype or not torch.allclose(before, after, atol=0.1)
+
+
+def test_threads_may_share_a_model():
+    """Another one asks while the LM runs for the first."""
+    model = tiny_l2d()
+    expected, others = model(IDS, seeds=SEEDS).logits, []
+    def ask_too(module, inputs):
+        hook.remove()
+        thread = threading.Thread(target=lambda: others.append(model(IDS.flip(0), seeds=SEEDS)))
+        thread.start()
+        thread.join()
+    hook = model.base.model.layers[1].register_forward_pre_hook(ask_too)
+    assert torch.equal(model(IDS, seeds=SEEDS).logits, expected) and len(others) == 1
+
+
+def test_a_model_made_in_inference_mode_answers_and_is_never_stale():
+    expected = exact_l2d()(IDS, seeds=SEEDS).logits
+    with torch.inference_mode():
+        model, changed = exact_l2d(), exact_l2d()
+        torch.testing.assert_close(model(IDS, seeds=SEEDS).logits, expected, rtol=1e-4, atol=1e-4)
+        in_place(model)
+        in_place(changed)
+        assert torch.equal(model(IDS, seeds=SEEDS).logits, changed(IDS, seeds=SEEDS).logits)
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -1904,6 +1928,13 @@ def test_unsupported_architecture():
         L2D(L2DConfig(), AutoModelForCausalLM.from_config(config))
 
 
+def test_a_base_on_several_devices():
+    base = tiny_base()
+    base.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r'lies on cpu, meta, .* load it with device_map={"": 0}'):
+        tiny_l2d(base=base)
+
+
 def test_nothing_to_learn():
     labels = torch.full_like(IDS, -100)
     labels[:, 0] = 5                                     # no position predicts the first token
@@ -2022,6 +2053,20 @@ def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own
     epochs = [[e["input_ids"][0] for e, _ in batches[i] + batches[i + 1]] for i in (0, 2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6)) and epochs[0] != epochs[1]
     assert len({seed for batch in batches for _, seed in batch}) == 12
+
+
+def test_the_trial_of_the_largest_micro_batch_takes_the_place_of_the_optimizer_too(monkeypatch):
+    model, made, empty_like = tiny_l2d().train(), [], torch.empty_like
+    parameters, n = list(model.path.parameters()), model.num_parameters(only_trainable=True)
+    data = [{"input_ids": [1] * n, "answer": 1, "label": None} for n in (3, 9, 5)]
+    monkeypatch.setattr(torch, "empty_like", lambda p: made.append(p.numel()) or empty_like(p))
+    train_script.try_largest(data, model, SimpleNamespace(**TRAINING), 0, room=parameters)
+    assert sum(made) == 2 * n and all(p.grad is not None for p in parameters)
+
+
+def test_a_slash_after_the_output_folder_is_nothing():
+    """Its path to a local base is relative, and would have led out of another folder."""
+    assert train_script.make_parser().parse_args(["--out", "runs/one/"]).out == "runs/one"
 
 
 def training():

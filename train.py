@@ -48,7 +48,7 @@ def make_parser(description=__doc__):
     add("--label-column", help="column with the class of a row: trains classes, for guidance")
     add("--max-length", type=int, default=2048, help="leave out examples of more tokens")
     add("--validation", type=int, default=512, help="examples held out, a tenth of all at most")
-    add("--out", help="output folder; None: out/NAME-l2d")
+    add("--out", type=os.path.normpath, help="output folder; None: out/NAME-l2d")
     add("--resume", action="store_true", help="continue the run in --out, or else the last one")
     add = parser.add_argument_group("diffusion path").add_argument
     add("--sigma", type=float, default=64.0, help="noise scale")
@@ -262,6 +262,17 @@ def finish(model, args, kind):
     making.rmdir()
     shutil.rmtree(out / "so-far", ignore_errors=True)
 
+def try_largest(data, model, args, pad, room):
+    """A pass over the most expensive micro-batch: if it does not fit into memory, that shows now.
+    AdamW makes two numbers for each parameter, but at the first update: `room` are those without,
+    and the place is taken as long as this lasts."""
+    pairs = ((example, 0) for example in data)
+    most = heapq.nlargest(args.micro_batch_size * world(), pairs, key=cost)
+    state = [torch.empty_like(p) for p in [*room, *room]]
+    for inputs in micro_batches(most, args, pad, model):
+        model(**inputs, num_items_in_batch=1).loss.backward()
+    state.clear()
+
 def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     """Train what make_model(args, base, class_names) makes and save it, in a folder named after
     `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C."""
@@ -271,6 +282,8 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
     parameters, pad = list(model.path.parameters()), tokenizer.pad_token_id or 0
+    for p in parameters:                                 # the first process' path, for all: GPUs
+        processes.total(p.data.mul_(rank() == 0))        # of two kinds may draw different numbers
     decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
     no_decay = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decay, no_decay], betas=(0.9, 0.95))
@@ -278,10 +291,7 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
-    pairs = ((example, 0) for example in data)
-    most = heapq.nlargest(args.micro_batch_size * world(), pairs, key=cost)
-    for inputs in micro_batches(most, args, pad, model):     # if it does not fit, that shows now
-        model(**inputs, num_items_in_batch=1).loss.backward()
+    try_largest(data, model, args, pad, room=parameters if step == 0 else [])
     optimizer.zero_grad()
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
     log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull

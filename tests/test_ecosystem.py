@@ -382,6 +382,14 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(here, monkeypat
 
 # ---- Quantised bases -------------------------------------------------------------------------------------------------
 
+def test_the_librarys_trainer_saves_the_path(model, tmp_path):
+    """It passes the tensors of the whole model."""
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "trainer", state_dict=model.state_dict(), is_main_process=True)
+    files = [folder / "model.safetensors" for folder in (tmp_path / "plain", tmp_path / "trainer")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_quantised_base_takes_lora_alone_and_no_merging(here):
     base = AutoModelForCausalLM.from_pretrained("base")
     base.is_quantized, base.config.quantization_config = True, {"load_in_8bit": True}       # what the library says of such a base

@@ -80,6 +80,15 @@ def test_two_processes_follow_the_curve_of_one(whole, options):
         assert (tensor - theirs[name]).norm() <= 0.1 * theirs[name].norm(), name
 
 
+def test_all_processes_begin_with_the_path_of_the_first(whole):
+    """GPUs of two kinds may draw different numbers from the same seed."""
+    def draw_others():
+        seed, rank = torch.manual_seed, int(os.environ["RANK"])
+        torch.manual_seed = lambda number: seed(number + rank)
+    run_all(2, *RUN, "--out", "drawn", then=draw_others)
+    assert_same(result("drawn")[2], whole[0][2])
+
+
 def test_processes_share_the_encoding_of_chats(whole, monkeypatch):
     """In chunks of three rows, one of which is of no use, they get the examples of one process, in its order."""
     rows = tiny.questions(19, seed=1)
