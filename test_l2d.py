@@ -40,7 +40,7 @@ import train as train_script
 from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, choose, diffuse, end_time, estimate, normal, solve_adaptive,
                  solve_fixed, uniform)
-from support import chats, tiny
+from support import chats, console, tiny
 from support.chats import load_data
 
 torch.set_num_threads(1)                # for models this small, threads only wait for each other
@@ -2062,6 +2062,17 @@ def test_the_trial_of_the_largest_micro_batch_takes_the_place_of_the_optimizer_t
     monkeypatch.setattr(torch, "empty_like", lambda p: made.append(p.numel()) or empty_like(p))
     train_script.try_largest(data, model, SimpleNamespace(**TRAINING), 0, room=parameters)
     assert sum(made) == 2 * n and all(p.grad is not None for p in parameters)
+
+
+def test_the_last_run_is_a_whole_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for age, name in enumerate(("new.making", "new", "old")):
+        Path("out", name).mkdir(parents=True)
+        Path("out", name, "config.json").write_text("l2d")
+        os.utime(Path("out", name, "config.json"), (0, 9 - age))
+    assert console.last_run("config.json", containing="l2d") == Path("out/new")
+    with pytest.raises(OSError, match="no run in out/ yet"):
+        console.last_run("args.json")
 
 
 def test_a_slash_after_the_output_folder_is_nothing():

@@ -158,8 +158,10 @@ def load_tensors(file):
     raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at step 0")
 
 def last_run(filename, containing=""):
-    """The folder in out/ whose text file `filename`, with `containing` in it, is the newest."""
+    """The folder in out/ whose text file `filename`, with `containing` in it, is the newest. What
+    was still being made when a run was killed (NAME.making) is none."""
     found = [file for file in Path("out").glob(f"*/{filename}") if containing in file.read_text()]
+    found = [file for file in found if file.parent.suffix != ".making"]
     if not found:
         raise OSError("there is no run in out/ yet: start one with train.py, or name it with --out")
     return max(found, key=os.path.getmtime).parent
