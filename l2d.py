@@ -1036,8 +1036,9 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             return keep
         is_mask = getattr(logits_to_keep, "dtype", None) == torch.bool
         if not is_mask or list(logits_to_keep.shape) != shape:
-            raise ValueError(f"logits_to_keep must be how many of the last positions, or a bool "
-                             f"mask {shape}: not {logits_to_keep}")
+            given = list(logits_to_keep.shape) if is_mask else logits_to_keep
+            raise ValueError("logits_to_keep must be how many of the last positions, or a bool "
+                             f"mask {shape}: not {given}")
         return logits_to_keep
 
     @staticmethod

@@ -264,8 +264,8 @@ def finish(model, args, kind):
 
 def try_largest(data, model, args, pad, room):
     """A pass over the most expensive micro-batch: if it does not fit into memory, that shows now.
-    AdamW makes two numbers for each parameter, but at the first update: `room` are those without,
-    and the place is taken as long as this lasts."""
+    AdamW's state does not exist before the first update: memory for it, two numbers each, is set
+    aside for the parameters `room`."""
     pairs = ((example, 0) for example in data)
     most = heapq.nlargest(args.micro_batch_size * world(), pairs, key=cost)
     state = [torch.empty_like(p) for p in [*room, *room]]

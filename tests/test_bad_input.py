@@ -541,6 +541,7 @@ FUNCTIONS = {                                            # name: (call of a mode
     "right-padded generation": (lambda model: model.generate(IDS, attention_mask=ONES.masked_fill(IDS == 12, 0), max_new_tokens=2),
                                 "pad on the left"),
     "positions to keep": (lambda model: model(IDS[:1], logits_to_keep=torch.tensor([3, 2])), r"how many of the last positions, or a bool mask \[1, 4\]: not tensor\(\[3, 2\]\)"),
+    "a mask of another shape": (lambda model: model(IDS, logits_to_keep=ONES[:1] > 0), r"a bool mask \[2, 4\]: not \[1, 4\]"),
     "a negative number to keep": (lambda model: model(IDS[:1], logits_to_keep=-1), "not -1"),
     "autocast": (lambda model: torch.autocast("cpu", torch.bfloat16)(model)(IDS[:1]), "leave it out, and load the base with dtype=torch.bfloat16"),
     "trace of two rows": (lambda model: trace(model, IDS), "2 rows; trace one at a time"),
