@@ -270,7 +270,7 @@ def parse_args():
     for name, value in PATH.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value,
             help="of the path (default: the paper's %(default)s)")
-    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
+    add("--seed", type=int, default=USUAL["seed"], help="of the training (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
     add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")

@@ -207,10 +207,8 @@ def here(simulated, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(0)
-    for made in (tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48), tokenizer):
-        made.save_pretrained("base")
-    lines = [json.dumps(row) + "\n" for row in tiny.questions(60, seed=0)]
-    tmp_path.joinpath("data.jsonl").write_text("".join(lines))
+    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
+    tiny.save(Path("base"), base, tokenizer, train=tiny.questions(60, seed=0))
 
     # To libraries "meta" is a device without numbers: they load and save on the CPU.
     def apart(function):
@@ -239,7 +237,7 @@ def train_main():
         train.train(train.parse_args(train.make_parser()))
 
 
-TRAIN = ["--model", "base", "--data", "data.jsonl", "--max-steps", "2", "--batch-size", "8",
+TRAIN = ["--model", "base", "--data", "base/train.jsonl", "--max-steps", "2", "--batch-size", "8",
          "--micro-batch-size", "4", "--eval-every", "1", "--save-every", "1", "--validation", "4",
          "--lr", "0.01", "--dtype", "float32"]
 LABELS = ["--label-column", "label"]
@@ -297,7 +295,7 @@ def test_answer_tokens_are_scored_on_the_device(here, simulated, monkeypatch):
         with simulated():
             model = gsm8k.Model("path", device)
             assert model.l2d.device.type == device
-            examples = model.examples("data.jsonl", 3)
+            examples = model.examples("base/train.jsonl", 3)
             for name, way, settings in [*tokens.sweep([0.2], [(0.1, 2)]),
                                         ("truth", tokens.on_truth, {"t": 0.5})]:
                 file = Path(f"{device} {name}".replace("/", " "))
