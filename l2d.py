@@ -22,13 +22,16 @@ evaluations per token: all but the last give velocities, and the last gives the 
 at t = 0, gives the LM's own logits, since the path's weight w(0) − w(0) is 0 there. With T = 1 it
 is also the last, so the answer is that of the untouched LM. (With config.t_start = 0, the default.)
 
+While x̂ stays the same token, the state moves on a straight line, so its later places are known in
+advance. Therefore T evaluations rarely take T passes of the path: see `draft_and_check`.
+
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
   V_y (Eq. 5)     DiffusionVocabulary   [V, d]      every token as a point x_1 of length sqrt(d)
   x_0, x_t, x_1   x_0, x_t, x_1         [B, N, d]   noise, state, token; always float32
   x̂               x_hat                 [B, N, d]   where the path expects the token to be
   sigma           config.sigma          number      standard deviation of the noise x_0
-  t               t                     [B, N, 1]   0 is noise, 1 is the token; a float if shared
+  t               t                     [B, N, 1]   0 is noise, 1 the token; [1, 1, 1] if shared
   h               h                     as t        length of an interval of the integration
   f               f                     [B, N, D]   hidden state of the path
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
@@ -46,6 +49,7 @@ import math
 import os
 import threading
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -58,6 +62,35 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # ==== Part I: the method ==========================================================================
+
+# ---- Random numbers ------------------------------------------------------------------------------
+
+# Random numbers are a hash of their address (counter-based), not draws from a generator. So a
+# token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
+# is the row's seed, the position and the use. Each use has a stream of its own:
+TIME, NOISE, DROP, VELOCITY = range(4)
+
+def splitmix64(x):
+    """Its mixing step, on int64. Products wrap around; masks make the shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+def uniform(n, *address):
+    """n numbers in (0, 1) at an address of int64 tensors [..] and integers: float32 [.., n]."""
+    key = 0
+    for coordinate in address:
+        key = splitmix64(key ^ coordinate)
+    index = torch.arange(1, n + 1, device=key.device) * -0x61C8864680B583EB
+    return ((splitmix64(key[..., None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
+
+def normal(n, *address):
+    """n standard normal numbers at an address: float32 [.., n]."""
+    return torch.erfinv(2 * uniform(n, *address) - 1) * math.sqrt(2)
+
+def gumbel(n, *address):
+    """Gumbel noise, float32 [.., n]: argmax(logits + noise) is a draw from softmax(logits)."""
+    return -torch.log(-torch.log(uniform(n, *address)))
 
 # ---- LoRA (Section 3.1) --------------------------------------------------------------------------
 
@@ -82,6 +115,27 @@ class LoRALinear(nn.Module):
     def forward(self, x, base):
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return torch.add(base(x), update, alpha=self.scaling)
+
+class OwnLinear(Linear):
+    """Table 8's alternative to LoRA: a trained copy of the LM's layer `base`."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.to(base.weight.device).load_state_dict(base.state_dict())
+
+    def forward(self, x, base):
+        return super().forward(x)
+
+def path_linear(base, config):
+    """The path's version of `base`: LoRA, a copy ("full"), or one that starts anew ("scratch")."""
+    if config.path == "lora":
+        return LoRALinear(base, config.lora_rank, config.lora_alpha)
+    layer = OwnLinear(base)
+    if config.path == "scratch":
+        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return layer
 
 # ---- Time and class conditioning (Section 3.2) ---------------------------------------------------
 
@@ -121,37 +175,45 @@ def rescale(x_t, t, sigma):
 class Context:
     """What one run of the LM leaves for N diffusion tokens in each of B rows; `L2D.read` makes it.
     Nothing here depends on x_t or t, which is why the main path runs once per token."""
-    layers: nn.ModuleList               # layers, norm, head, embedding: frozen parts of the LM
-    norm: nn.Module
-    head: nn.Module
-    embedding: nn.Embedding
-    hidden: torch.Tensor                # [B, N, D]  the LM's hidden state before its final norm
+    lm: nn.Module                       # the frozen LM: the path uses its layers, norm and head
+    main_hidden: torch.Tensor           # [B, N, D]  its hidden state before the final norm
     cos: torch.Tensor                   # [B, N, 1, E]  rotary embedding of each position
     sin: torch.Tensor                   # [B, N, 1, E]
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
-    masks: list                         # per block [B, 1, N·G, L]  0 where visible, else −inf
+    masks: dict                         # kind of attention -> [B, 1, N·G, L]  0 visible, else −inf
+    kinds: list                         # per block, its kind of attention
     seeds: torch.Tensor                 # [B, N]  of each row
     positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
     class_ids: torch.Tensor | None      # [B, N]  None for a model without classes
-    valid: torch.Tensor                 # [B, N]  False for filler, in rows with fewer than N
 
     def logits(self, hidden):                                         # [B, N, D] -> [B, N, V]
-        return self.head(self.norm(hidden))
+        return self.lm.lm_head(self.lm.model.norm(hidden))
 
-    def with_null_class(self, null):
-        """For guidance: N tokens with their class, then the same N without. N becomes 2N."""
-        names = ("hidden", "cos", "sin", "seeds", "positions", "valid")
-        twice = {name: torch.cat([getattr(self, name)] * 2, dim=1) for name in names}
-        class_ids = torch.cat([self.class_ids, torch.full_like(self.class_ids, null)], dim=1)
-        masks = [torch.cat([mask, mask], dim=2) for mask in self.masks]
-        return replace(self, **twice, class_ids=class_ids, masks=masks)
+    def tile(self, n):
+        """Every token n times in a row, for n states of it: N becomes N·n. Keys and values stay:
+        more states are more queries."""
+        def tiled(x):
+            return x if x is None else x.repeat_interleave(n, dim=1)
+        names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
+        N, masks = self.positions.shape[1], {}
+        for kind, mask in self.masks.items():
+            masks[kind] = mask.unflatten(2, (N, -1)).repeat_interleave(n, dim=2).flatten(2, 3)
+        return replace(self, masks=masks, **{name: tiled(getattr(self, name)) for name in names})
+
+def recomputed(function, *inputs):
+    """function(*inputs). The backward pass computes it again, so that nothing inside is kept."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 def modulate(x, norm, scale, shift):
     """(gain + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
     gain is the LM's frozen norm weight. (DiT has 1 in its place.)"""
-    normed = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
-    return ((norm.weight.float() + scale) * normed + shift).to(x.dtype)
+    def compute(x, scale, shift):
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
+        return ((norm.weight.float() + scale) * normed + shift).to(x.dtype)
+    return recomputed(compute, x, scale, shift)
 
 def rotate(q, cos, sin):
     """Rotary position embedding of q [B, N, H, E], with the LM's own cos and sin."""
@@ -168,7 +230,6 @@ class Block(nn.Module):
         super().__init__()
         C, D = config.cond_dim, config.text_config.hidden_size
         self.adaLN_modulation = mlp(C, C, 6 * D)
-        # A LoRALinear each. (Or a trained copy, with config.path = "full": Part II.)
         self.q_proj = path_linear(layer.self_attn.q_proj, config)
         self.o_proj = path_linear(layer.self_attn.o_proj, config)
         self.gate_proj = path_linear(layer.mlp.gate_proj, config)
@@ -177,19 +238,16 @@ class Block(nn.Module):
 
     def forward(self, f, c, context, i):
         """f [B, N, D], embedding of time and class c [B, N, C] -> [B, N, D]. i: which layer."""
-        return self.modulated(f, self.adaLN_modulation(c.to(f.dtype)), context, i)
-
-    def modulated(self, f, modulation, context, i):
-        """The same with the modulation [B, N, 6D] given, which Part II remembers."""
-        layer = context.layers[i]
-        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation.chunk(6, dim=-1)
+        layer = context.lm.model.layers[i]
+        modulation = self.adaLN_modulation(c.to(f.dtype)).chunk(6, dim=-1)
+        scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation
         n = modulate(f, layer.input_layernorm, scale_1, shift_1)                # [B, N, D]
         f = f + gate_1 * self.attention(n, layer.self_attn, context, i)         # [B, N, D]
         n = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)       # [B, N, D]
         return f + gate_2 * self.feed_forward(n, layer.mlp)                     # [B, N, D]
 
     def attention(self, n, attn, context, i):
-        keys = context.keys[i]
+        keys, mask = context.keys[i], context.masks[context.kinds[i]]
         B, N, _ = n.shape
         q = self.q_proj(n, attn.q_proj).view(B, N, -1, attn.head_dim)           # [B, N, H, E]
         if hasattr(attn, "q_norm"):                                             # Qwen3
@@ -198,7 +256,7 @@ class Block(nn.Module):
         # Grouped-query attention without copying keys: the G heads on a key head become G queries.
         q = q.view(B, N, keys.shape[1], -1, attn.head_dim).transpose(1, 2)      # [B, K, N, G, E]
         a = F.scaled_dot_product_attention(                                     # [B, K, N·G, E]
-            q.flatten(2, 3), keys, context.values[i], context.masks[i], scale=attn.scaling)
+            q.flatten(2, 3), keys, context.values[i], mask, scale=attn.scaling)
         a = a.unflatten(2, (N, -1)).transpose(1, 2)                             # [B, N, K, G, E]
         return self.o_proj(a.flatten(2), attn.o_proj)                           # [B, N, D]
 
@@ -231,7 +289,7 @@ class DiffusionPath(nn.Module):
         with weight 0, its blocks as the identity. At first only output_weight's last layer has a
         gradient."""
         for module in self.modules():
-            if type(module) is Linear:              # and not a copy of the LM's layer (Part II)
+            if type(module) is Linear:              # and not an OwnLinear
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_embedder[0].weight, std=0.02)
@@ -243,49 +301,26 @@ class DiffusionPath(nn.Module):
         nn.init.zeros_(self.output_weight[2].weight)
 
     def condition(self, t, class_ids):
-        """Embedding of time, t [B, N, 1], plus that of the class: [B, N, C], or [B, 2N, C] with
-        guidance, where class_ids are [B, 2N]."""
+        """The embedding of time t [B, N, 1] plus that of the class [B, N]: [B, N, C]."""
         c = self.t_embedder(time_features(t, self.config.cond_dim))
-        if class_ids is None:
-            return c
-        c = c.repeat(1, class_ids.shape[1] // c.shape[1], 1)    # twice, with guidance
-        return c + self.class_embedder(class_ids)
-
-    def condition_and_weight(self, t, class_ids):
-        """The embedding c of time and class, and the weight w(t) − w(0), float32 [B, N, D]. At
-        t = 0 the weight is exactly 0, for every class."""
-        c, c_0 = self.condition(t, class_ids), self.condition(torch.zeros_like(t), class_ids)
-        return c, self.output_weight(c) - self.output_weight(c_0)
-
-    def embed(self, x_t, t, context):
-        """The state as the first f: x_t [B, N, d] -> [B, N, D], or [B, 2N, D] with guidance."""
-        f = self.x_embedder(rescale(x_t, t, self.config.sigma).to(context.hidden.dtype))
-        return f.repeat(1, context.hidden.shape[1] // f.shape[1], 1)    # twice, with guidance
-
-    def walk(self, f, c, weight, context):
-        """Through the blocks and back into the LM, Eq. 6: hidden + (w(t) − w(0))·f, [B, N, D]."""
-        for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing and f.requires_grad:
-                f = checkpoint(block, f, c, context, i, use_reentrant=False)
-            else:
-                f = block(f, c, context, i)
-        return (context.hidden + weight * f).to(f.dtype)
+        return c if class_ids is None else c + self.class_embedder(class_ids)
 
     def hidden(self, x_t, t, context):
-        """One evaluation: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's
-        final norm [B, N, D]."""
-        c, weight = self.condition_and_weight(t, context.class_ids)
-        return self.walk(self.embed(x_t, t, context), c, weight, context)
+        """One pass: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's final
+        norm [B, N, D], Eq. 6. At t = 0 it is exactly the LM's own, for every class."""
+        c = self.condition(t, context.class_ids)
+        c_0 = self.condition(torch.zeros_like(t), context.class_ids)
+        weight = self.output_weight(c) - self.output_weight(c_0)                # [B, N, D]
+        f = rescale(x_t, t, self.config.sigma).to(context.main_hidden.dtype)    # [B, N, d]
+        f = self.x_embedder(f)                                                  # [B, N, D]
+        for i, block in enumerate(self.blocks):
+            run = recomputed if self.gradient_checkpointing else Block.__call__
+            f = run(block, f, c, context, i)
+        return (context.main_hidden + weight * f).to(f.dtype)
 
     def forward(self, x_t, t, context):
         """The same, but logits [B, N, V]."""
         return context.logits(self.hidden(x_t, t, context))
-
-    # Part II has a faster version of the next two, which remembers what depends on weights alone.
-
-    def at_shared_time(self, x_t, t, context):
-        """`forward` at a time that all positions share; t is a float."""
-        return self(x_t, torch.full_like(x_t[..., :1], t), context)
 
     def table(self, embedding):
         """x_1 of the whole vocabulary: float32 [V, d]; made in parts, to save memory."""
@@ -293,27 +328,29 @@ class DiffusionPath(nn.Module):
 
 # ---- Loss (Section 2.2, Eq. 3) -------------------------------------------------------------------
 
+IGNORE = -100                                       # label of a position that is not learnt
+
 def initial_noise(config, context):
-    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. `normal` and `uniform` (Part II) hash
-    the row's seed, the position and a use (NOISE, TIME, ..), so a token's noise does not depend on
-    its batch. In training each row has a new seed in every update."""
+    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. In training each row has a new seed in
+    every update."""
     return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
 
-def token_losses(path, context, targets):
-    """Cross entropy of every target at a random time: targets int64 [B, N] -> losses [M] and, for
-    the log, times [M] of the M valid positions. x_1 is not detached, so the loss trains W_v too."""
+def diffusion_losses(path, context, targets):
+    """Cross entropy of every target at a random time: targets int64 [B, N], IGNORE where there is
+    none -> losses [M] and, for the log, times [M] of the M targets. x_1 is not detached, so the
+    loss trains W_v too."""
     address = context.seeds, context.positions
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
     if path.config.timesteps == "cosmap":           # arXiv:2403.03206, Section 3.1
         t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
     x_0 = initial_noise(path.config, context)                                   # [B, N, d]
-    x_1 = path.vocabulary(context.embedding(targets.clamp(min=0)))    # [B, N, d]; fillers: −100
+    embeddings = context.lm.get_input_embeddings()(targets.clamp(min=0))        # [B, N, D]
+    x_1 = path.vocabulary(embeddings)                                           # [B, N, d]
     x_t = (1 - t) * x_0 + t * x_1
     if context.class_ids is not None:               # for guidance: learn "no class", too
         dropped = uniform(1, *address, DROP)[..., 0] < path.config.class_dropout
         context = replace(context, class_ids=context.class_ids.masked_fill(dropped, path.null))
-    hidden = path.hidden(x_t, t, context)                                       # [B, N, D]
-    valid = context.valid
+    hidden, valid = path.hidden(x_t, t, context), targets != IGNORE
     return cross_entropy(context, hidden[valid], targets[valid]), t[valid][:, 0]
 
 def cross_entropy(context, hidden, targets, chunk=1024):
@@ -322,15 +359,15 @@ def cross_entropy(context, hidden, targets, chunk=1024):
     def losses(h, y):
         return F.cross_entropy(context.logits(h).float(), y, reduction="none")
     chunks = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(losses, h, y, use_reentrant=False) for h, y in chunks])
+    return torch.cat([recomputed(losses, h, y) for h, y in chunks])
 
 # ---- Velocity (Section 2.3, Eq. 4 and 8) and guidance (Section 3.2, Eq. 7) -----------------------
 
 def estimate(path, logits, t, context):
-    """x̂, where the path expects the token to be: logits [.., B, N, V], t [B, N, 1] ->
-    [.., B, N, d]. It is the mean of all tokens (config.velocity = "expectation"), one that is drawn
-    ("sample"), or the most likely one ("argmax")."""
-    table = path.table(context.embedding)
+    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]. It is
+    the mean of all tokens (config.velocity = "expectation"), one that is drawn ("sample"), or the
+    most likely one ("argmax")."""
+    table = path.table(context.lm.get_input_embeddings())
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
@@ -340,42 +377,46 @@ def estimate(path, logits, t, context):
         moment = (t[..., 0] * 2**24).long()         # float32 has 24 bits
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
-    value, token = logits.max(-1)
-    failed = ~value.isfinite()[..., None]           # NaN has an argmax, too, but must stay NaN
-    return table[token].masked_fill(failed, math.nan)
+    value, token = logits.max(-1, keepdim=True)
+    return table[token[..., 0]] + 0 * value.float()     # 0·NaN is NaN: broken logits stay visible
 
-def velocity(path, logits, x, t, context):
-    """dx/dt = (x̂ − x)/(1 − t), Eq. 4: x [B, N, d], logits [B, N, V], t [B, N, 1] or a float.
-    With guidance, logits [B, 2N, V] are those for the class, then for no class. Both velocities
-    are at the same x and t, so mixing them is mixing the two x̂."""
-    times, guidance = t + torch.zeros_like(x[..., :1]), path.config.guidance    # [B, N, 1]
-    logits = logits.unflatten(1, (-1, x.shape[1])).transpose(0, 1)      # [1, B, N, V], guided 2
-    x_hat, *null = estimate(path, logits, times, context)
-    if null:
-        x_hat = guidance * x_hat + (1 - guidance) * null[0]
+def evaluate(path, x, t, context):
+    """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
+    [B, N, d]. With guidance, every state is two queries, with its class and without. Mixing their
+    velocities as in Eq. 7 is mixing the two x̂. The logits are those of the class."""
+    w = path.config.guidance
+    if w == 1:
+        logits = predict(path, x, t, context)
+        return logits, estimate(path, logits, t, context)
+    both = context.tile(2)
+    both.class_ids[:, 1::2] = path.null
+    x, t = (z.expand(*x.shape[:2], -1).repeat_interleave(2, dim=1) for z in (x, t))
+    logits = predict(path, x, t, both)
+    with_class, without = estimate(path, logits, t, both).unflatten(1, (-1, 2)).unbind(2)
+    return logits[:, ::2], w * with_class + (1 - w) * without
+
+def predict(path, x, t, context):
+    """Logits [B, N, V]. At t = 0 the path's weight is 0, so it need not run: the LM's own."""
+    return path(x, t, context) if t.any() else context.logits(context.main_hidden)
+
+def velocity(x_hat, x, t):
+    """dx/dt of Eq. 4, for x̂ and the state x [B, N, d] at t [B, N, 1]."""
     return (x_hat - x) / (1 - t)
 
 # ---- Solvers (Algorithm 1, A.2) ------------------------------------------------------------------
 
-# A solver knows nothing but a function dxdt(x, t): x [B, N, d] and t a float or [B, N, 1].
+# A solver knows nothing but a function dxdt(x, t), with t a tensor that broadcasts with x.
 
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge-Kutta method: k_i = dxdt(x + h·sum_j a_ij k_j, t + c_i h), and the interval
     of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: h·sum_i error_i k_i
-    is the difference from a method of one order less. first_same_as_last: the last k is taken at
-    the end of the interval and serves as k_1 of the next."""
+    is the difference from a method of one order less."""
     order: int
     c: tuple
     a: tuple
     b: tuple
     error: tuple = ()
-    first_same_as_last: bool = False
-
-    @property
-    def touches_end(self):
-        """Whether dxdt is evaluated at the end of the interval."""
-        return self.c[-1] == 1
 
 TABLEAUS = {
     "euler": Tableau(1, c=(0,), a=((),), b=(1,)),
@@ -385,8 +426,7 @@ TABLEAUS = {
     "fehlberg2": Tableau(2, c=(0, 1/2, 1), a=((), (1/2,), (1/256, 255/256)),
                          b=(1/512, 255/256, 1/512), error=(-1/512, 0, 1/512)),
     "bosh3": Tableau(3, c=(0, 1/2, 3/4, 1), a=((), (1/2,), (0, 3/4), (2/9, 1/3, 4/9)),
-                     b=(2/9, 1/3, 4/9, 0), error=(-5/72, 1/12, 1/9, -1/8),
-                     first_same_as_last=True),
+                     b=(2/9, 1/3, 4/9, 0), error=(-5/72, 1/12, 1/9, -1/8)),
 }
 
 def weighted_sum(weights, ks):
@@ -400,11 +440,13 @@ def stages(dxdt, x, t, h, tableau, k_1):
     return ks
 
 def solve_fixed(dxdt, x, t_start, t_end, n, tableau):
-    """x at t_end, from x at t_start, in n equal intervals."""
+    """x at t_end, from x at t_start, in n equal intervals. All states share t: [1, .., 1]."""
     h = (t_end - t_start) / n
+    def at(x, t):
+        return dxdt(x, x.new_full((1,) * x.dim(), t))
     for i in range(n):
         t = t_start + i * h
-        x = x + h * weighted_sum(tableau.b, stages(dxdt, x, t, h, tableau, dxdt(x, t)))
+        x = x + h * weighted_sum(tableau.b, stages(at, x, t, h, tableau, at(x, t)))
     return x
 
 def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations):
@@ -412,30 +454,27 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     the t reached [B, N, 1] (below t_end where the evaluations ran out), and those used [B, N]."""
     t = torch.full_like(x[..., :1], t_start)
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
-    k_1 = dxdt(x, t_start)
-    cost = len(tableau.c) - tableau.first_same_as_last      # evaluations of a try and a new k_1
+    k_1, same = dxdt(x, t), tableau.a[-1] == tableau.b[:-1]     # the last k is k_1 of the next
+    cost = len(tableau.c) - same                    # evaluations of a try and a new k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
         ks = stages(dxdt, x, t, h, tableau, k_1)
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
-        # Accept it if the error over the tolerance, as a root mean square over d, is at most 1. NaN
-        # is accepted, too: it makes h NaN, and the next try then ends at t_end, as `h < ..` is
-        # False. `L2D.check_finite` refuses the answer.
+        # Accept it if the error over the tolerance, as a root mean square over d, is at most 1.
+        # (NaN is accepted, and the next interval, of length NaN, is the last.)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
         accept = running & ~(error > 1)
         t_new = torch.where(h < t_end - t, t + h, t_end)    # t_end itself, not a rounding of it
         x, t = torch.where(accept, x_new, x), torch.where(accept, t_new, t)
-        # Scale h by 0.9·error^(−1/order), within [1, 10] after acceptance, and not below 0.2 after
-        # rejection.
+        # h times 0.9·error^(−1/order), within [1, 10] if accepted, and not below 0.2 if not.
         factor = (0.9 * error ** (-1 / tableau.order)).clamp(max=10)
         h = h * torch.maximum(factor, torch.where(accept, 1.0, 0.2))
-        # k_1 of the next interval, where there is one.
-        moved = accept & (t < t_end)
-        if tableau.first_same_as_last:
+        moved = accept & (t < t_end)                # k_1 of the next interval, where there is one
+        if same:
             k_1 = torch.where(moved, ks[-1], k_1)
         elif moved.any():
             k_1 = torch.where(moved, dxdt(x, t), k_1)
@@ -444,94 +483,98 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
+ROWS = 128                              # most states that one pass of the path evaluates
+
 def end_time(config):
     """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
     the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
     if config.t_end is not None:
         return config.t_end
-    return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].touches_end else 1.0
+    return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
-    """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps), and
-    the evaluations used, int64 [B, N]. Adaptive solvers choose their own T, unless steps is 1.
-    config.t_start > 0 (not in the paper) starts there, from (1 − t_start)·x_0: x_t without its
-    token. Then every evaluation runs the path, even if T = 1.
-    observe(x_t, t, logits) is called at each evaluation."""
+    """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps); the
+    evaluations used, and the passes of the path that they took, both int64 [B, N]. Adaptive solvers
+    choose their own T, unless it is 1. config.t_start > 0 (not in the paper) starts there, from
+    (1 − t_start)·x_0: x_t without its token. Then every evaluation runs the path, even if T = 1.
+    observe(x_t, t, logits) is called at each evaluation; then they are made one by one."""
     config, tableau = path.config, TABLEAUS[path.config.solver]
-    t_start, t_end = config.t_start, end_time(config)
-    steps = config.steps if steps is None else steps
-    check_steps(config.solver, steps)
-    steered = context                   # for velocities; the answer is of the class, unguided
-    if config.guidance == 0:            # no class
-        steered = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
-    elif config.guidance != 1:          # both
-        steered = context.with_null_class(path.null)
-
-    def predict(x, t, given):
-        if torch.is_tensor(t):          # adaptive solvers: times differ by state
-            logits = path(x, t, given)
-        elif t == 0:                    # the path's weight is 0: the LM's own, for every class
-            logits = context.logits(context.hidden)
-        else:
-            logits = path.at_shared_time(x, t, given)
-        if observe is not None:
-            observe(x, t, logits[:, :x.shape[1]])       # with guidance: those of the class
-        return logits
+    start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
+    x = (1 - start) * initial_noise(config, context)
+    size = ROWS // (x[..., 0].numel() * (1 if config.guidance == 1 else 2))
 
     def dxdt(x, t):
-        return velocity(path, predict(x, t, steered), x, t, context)
+        logits, x_hat = evaluate(path, x, t, context)
+        if observe is not None:
+            observe(x, t, logits)
+        return velocity(x_hat, x, t)
 
-    x = (1 - t_start) * initial_noise(config, context)
-    if steps == 1:
-        return predict(x, t_start, context), torch.ones_like(context.positions)
-    if tableau.error:
-        x, t, used = solve_adaptive(dxdt, x, t_start, t_end, tableau, config.atol, config.rtol,
+    t, used = x.new_full((1, 1, 1), end), torch.full_like(context.positions, T)
+    if T == 1:
+        t = x.new_full((1, 1, 1), start)
+    elif tableau.error:
+        x, t, used = solve_adaptive(dxdt, x, start, end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
-    else:
-        n = (steps - 1) // len(tableau.c)       # intervals (it divides); 1 is left for the answer
-        x, t = solve_fixed(dxdt, x, t_start, t_end, n, tableau), t_end
-        used = torch.full_like(context.positions, steps - 1)
-    return predict(x, t, context), used + 1
+        used = used + 1
+    elif size == 0 or config.velocity == "expectation" or observe is not None:
+        x = solve_fixed(dxdt, x, start, end, (T - 1) // len(tableau.c), tableau)
+    else:                               # (with "expectation", x̂ moves all the time)
+        return draft_and_check(path, context, x, size, *unroll(config.solver, start, end, T))
+    logits = predict(path, x, t, context)           # the answer is of the class, unguided
+    if observe is not None:
+        observe(x, t, logits)
+    return logits, used, used - int(start == 0)
+
+@lru_cache(maxsize=16)
+def unroll(solver, t_start, t_end, steps):
+    """A fixed-step solver as a matrix, [T, T]: state i is row i times (x_0, x̂ of evaluation 0, x̂
+    of evaluation 1, ..). The weights follow from solver and times alone: this runs the solver on
+    unit vectors. Also the times of the T evaluations, [T]. Row i has zeros from the x̂ of
+    evaluation i on, for a state depends on what comes before it."""
+    unit, states, times = torch.eye(steps, dtype=torch.float64), [], []
+    def dxdt(x, t):
+        states.append(x)
+        times.append(t)
+        return velocity(unit[len(states)], x, t)
+    tableau = TABLEAUS[solver]
+    end = solve_fixed(dxdt, unit[0], t_start, t_end, (steps - 1) // len(tableau.c), tableau)
+    return torch.stack([*states, end]).float(), torch.cat([*times, unit.new_tensor([t_end])]).float()
+
+def draft_and_check(path, context, x_0, size, weights, times):
+    """What the loop over the T evaluations returns, in fewer passes of the path, each of at most
+    `size` states of a token; weights and times are those of `unroll`.
+
+    Draft the x̂ of all evaluations that are not known yet: the last known one stays. Then all states
+    are known, and one pass evaluates them together. A state depends only on the x̂ before it. So up
+    to the first x̂ that differs from its draft, all states are those of the loop, and that x̂ is,
+    too. Keep these, and draft the rest anew. Each pass makes at least one more evaluation known, so
+    there are never more passes than evaluations."""
+    (B, N, _), T = x_0.shape, len(times)
+    weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T + 1)))
+    answer, x_hat = evaluate(path, x_0, times.new_zeros(1, 1, 1), context)      # the LM's own
+    points = torch.stack([x_0] + [x_hat] * T, dim=2)                            # [B, N, T + 1, d]
+    known = (times[0] == 0).long().expand(B, N)         # how many evaluations are
+    passes = torch.zeros_like(known)
+    while (n := min(size, T - int(known.min()))) > 0:
+        places = (known[..., None] + index[:n]).clamp(max=T - 1)                # [B, N, n]
+        x = weights[places] @ points[:, :, :T]                                  # [B, N, n, d]
+        found = evaluate(path, x.flatten(1, 2), times[places].flatten(1, 2)[..., None],
+                         context.tile(n))
+        logits, x_hat = (z.unflatten(1, (N, n)) for z in found)
+        right = (x_hat == points.take_along_dim(places[..., None] + 1, dim=2)).all(-1)
+        right = (right | (places == T - 1)).long().cumprod(-1).sum(-1)          # [B, N]
+        new = (right + 1).clamp(max=n).minimum(T - known)   # evaluations that are known now
+        passes += new > 0
+        known = known + new
+        last = (new - 1).clamp(min=0)[..., None, None]
+        ended = ((new > 0) & (known == T))[..., None]   # the answer is the last evaluation's logits
+        answer = torch.where(ended, logits.take_along_dim(last, dim=2)[:, :, 0], answer)
+        stays = index[:, None] >= known[..., None, None]                        # [B, N, T + 1, 1]
+        points = torch.where(stays, x_hat.take_along_dim(last, dim=2), points)
+    return answer, torch.full_like(known, T), passes
 
 # ==== Part II: a causal LM to the rest of the world ===============================================
-
-# ---- Noise ---------------------------------------------------------------------------------------
-
-# Random numbers are a hash of their address (counter-based), not draws from a generator. So a
-# token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
-# is the row's seed, the position and the use. Each use has a stream of its own:
-TIME, NOISE, DROP, VELOCITY, ANSWER = range(5)
-
-def mix(x):
-    """splitmix64's mixing step, on int64. Products wrap around; masks make the shifts logical."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-def uniform(n, *address):
-    """n numbers in (0, 1) at an address of int64 tensors [..] and integers: float32 [.., n]."""
-    key = 0
-    for coordinate in address:
-        key = mix(key ^ coordinate)
-    index = torch.arange(1, n + 1, device=key.device) * -0x61C8864680B583EB
-    return ((mix(key[..., None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
-
-def normal(n, *address):
-    """n standard normal numbers at an address: float32 [.., n]."""
-    return torch.erfinv(2 * uniform(n, *address) - 1) * math.sqrt(2)
-
-def gumbel(n, *address):
-    """Gumbel noise, float32 [.., n]: argmax(logits + noise) is a draw from softmax(logits)."""
-    return -torch.log(-torch.log(uniform(n, *address)))
-
-def choose(logits, temperature, seeds, positions):
-    """The most likely token (temperature 0), or a draw that depends on seed and position alone:
-    logits [.., V], seeds and positions int64 [..] -> int64 [..]."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    noise = gumbel(logits.shape[-1], seeds, positions, ANSWER)
-    return (logits.float() / temperature + noise).argmax(-1)
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -539,7 +582,6 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's l
 PATHS = ("lora", "full", "scratch")
 TIMESTEPS = ("uniform", "cosmap")
 VELOCITIES = ("argmax", "sample", "expectation")
-IGNORE = -100                                       # label of a position that is not learnt
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "intermediate_size")        # what path and base must agree in
 
@@ -664,96 +706,30 @@ def check_settings(s):
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")
     check_steps(s.solver, s.steps)
-    touches_end = TABLEAUS[s.solver].touches_end            # at 1, the velocity divides by 0
+    touches_end = TABLEAUS[s.solver].c[-1] == 1             # at 1, the velocity divides by 0
     possible = s.t_end is None or 0 < s.t_end < 1 or (s.t_end == 1 and not touches_end)
     limit = "below" if touches_end else "at most"
     require(possible, "t_end", f"is not possible with {s.solver}: it must be above 0 and {limit} 1")
     require(0 <= s.t_start < end_time(s), "t_start", f"must lie in [0, {end_time(s):g})")
 
-# ---- Table 8's alternatives to LoRA --------------------------------------------------------------
-
-class OwnLinear(Linear):
-    """The path's own copy of a layer of the LM. `base` is an argument to match LoRALinear."""
-
-    def __init__(self, base):
-        super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.to(base.weight.device).load_state_dict(base.state_dict())
-
-    def forward(self, x, base):
-        return super().forward(x)
-
-def path_linear(base, config):
-    """The path's version of the LM's layer `base`: "lora", "full" (a trained copy) or "scratch"."""
-    if config.path == "lora":
-        return LoRALinear(base, config.lora_rank, config.lora_alpha)
-    layer = OwnLinear(base)
-    if config.path == "scratch":
-        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return layer
-
 # ---- The cache -----------------------------------------------------------------------------------
 
 class CachedPath(DiffusionPath):
-    """A path in evaluation mode, with all that depends on weights alone computed once: the blocks
-    in the LM's dtype, LoRA merged into copies of the LM's layers if asked, the vocabulary's table,
-    and the modulations of each time that all positions share. It is the one cache of this file."""
+    """A path in evaluation mode, with what depends on weights alone computed once: the blocks in
+    the LM's dtype and the vocabulary's table. It is the one cache of this file."""
 
-    def __init__(self, path, layers, dtype, merge, compiled):
+    def __init__(self, path, dtype):
         nn.Module.__init__(self)
-        self.config, self.null, self.by_time, self.rows = path.config, path.null, {}, None
+        self.config, self.null, self.rows = path.config, path.null, None
         for name, module in path.named_children():
             setattr(self, name, module)
-        if merge or dtype != torch.float32:
-            blocks = [copy.deepcopy(block).to(dtype) for block in path.blocks]
-            self.blocks = nn.ModuleList(blocks)
-        if merge:
-            for block, own, layer in zip(self.blocks, path.blocks, layers):
-                merge_block(block, own, layer)
-        if compiled is not None:
-            self.walk = torch.compile(self.walk, **compiled)
-            self.walk_modulated = torch.compile(self.walk_modulated, **compiled)
-
-    def at_shared_time(self, x_t, t, context):
-        if t not in self.by_time:
-            classes = None
-            if context.class_ids is not None:               # once for every class
-                classes = torch.arange(self.null + 1, device=x_t.device)[None]
-            time = torch.full((1, 1, 1), t, device=x_t.device)
-            c, weight = self.condition_and_weight(time, classes)
-            c = c.to(context.hidden.dtype)
-            self.by_time[t] = [block.adaLN_modulation(c) for block in self.blocks], weight
-        modulations, weight = self.by_time[t]
-        if context.class_ids is not None:
-            weight = weight[0, context.class_ids]
-        f = self.embed(x_t, t, context)
-        return context.logits(self.walk_modulated(f, modulations, weight, context))
-
-    def walk_modulated(self, f, modulations, weight, context):
-        """`walk`, where each block's scales, shifts and gates are known, if need be by class."""
-        for i, block in enumerate(self.blocks):
-            modulation = modulations[i]
-            if context.class_ids is not None:
-                modulation = modulation[0, context.class_ids]
-            f = block.modulated(f, modulation, context, i)
-        return (context.hidden + weight * f).to(f.dtype)
+        if dtype != torch.float32:
+            self.blocks = copy.deepcopy(path.blocks).to(dtype)
 
     def table(self, embedding):
         if self.rows is None:
             self.rows = super().table(embedding)
         return self.rows
-
-@torch.no_grad()
-def merge_block(block, own, layer):
-    """Replace every LoRA layer of `block` by W + (alpha / rank)·B A, in the dtype of W."""
-    for part in (layer.self_attn, layer.mlp):
-        for name, base in part.named_children():
-            lora = getattr(own, name, None)
-            if isinstance(lora, LoRALinear):
-                merged = OwnLinear(base)
-                merged.weight.add_(lora.lora_B @ lora.lora_A, alpha=lora.scaling)
-                setattr(block, name, merged.to(base.weight.dtype))
 
 # ---- The model -----------------------------------------------------------------------------------
 
@@ -763,8 +739,16 @@ if "cache" in CausalLMOutputWithPast.__dataclass_fields__:
 
 @dataclass
 class L2DOutput(CausalLMOutputWithPast):
-    """A causal LM's output, and the evaluations of the path at each position, int64 [B, N]."""
+    """A causal LM's output. For each position, int64 [B, N]: the evaluations of the path, and in
+    how many passes they were made."""
     evaluations: torch.Tensor | None = None
+    passes: torch.Tensor | None = None
+
+def kept_columns(keep):
+    """The columns of each row that keep [B, S] marks, int64 [B, N]; N is the most that a row has.
+    A row with fewer gets others, as filler."""
+    most = int(keep.sum(1).max())
+    return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A frozen causal LM (`base`) and its diffusion path (`path`). To `generate`, pipelines and
@@ -788,51 +772,30 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
             self.path = DiffusionPath(config, base.model.layers)
-        self.merging, self.compiled, self.derived = False, None, {}
+        self.cached = None                              # or (stamp of the weights, CachedPath)
         self.post_init()
 
     def init_weights(self):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
 
-    # The cache's one rule: it exists in evaluation mode, and holds for the weights that it was made
-    # from. train(), eval() and every change of a weight that torch can see drop it. After a loss
-    # with gradients there is none until eval(), since some optimizers change weights unseen.
+    # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change of
+    # a weight that torch counts drop it.
 
     def train(self, mode=True):
         super().train(mode)
         self.base.eval()
-        self.derived = {}
+        self.cached = None
         return self
-
-    def forget(self):
-        """Drop what the cache holds."""
-        self.derived = None if self.derived is None else {}
 
     def current_path(self):
         """The path to evaluate with. (Edits through `p.data` are invisible: call eval() after.)"""
-        parameters = list(self.parameters())
-        if self.training or self.derived is None or any(p.is_inference() for p in parameters):
+        weights = [*self.path.parameters(), self.base.get_input_embeddings().weight]
+        if self.training or any(p.is_inference() for p in weights):
             return self.path                    # (torch counts no changes of inference tensors)
-        weights = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
-        if self.derived.get("weights") != weights:
-            path = CachedPath(self.path, self.base.model.layers, self.base.dtype, self.merging,
-                              self.compiled)
-            self.derived = {"weights": weights, "path": path}
-        return self.derived["path"]
-
-    def merge_lora(self, merging=True):
-        """In evaluation mode, add each LoRA update into a copy of the LM's layer: faster, for the
-        memory of those layers (1.9 GB for Llama-3.2-1B in bfloat16). ValueError: quantised base."""
-        if merging and getattr(self.base, "is_quantized", False):
-            raise ValueError("the base's weights are quantised, and nothing can be added to them: "
-                             "leave out merge_lora()")
-        self.merging = merging
-        self.forget()
-
-    def compile_path(self, **options):
-        """In evaluation mode, run the blocks of the path as one graph: torch.compile(**options)."""
-        self.compiled = options
-        self.forget()
+        stamp = [(p.data_ptr(), p._version, p.dtype) for p in weights]
+        if self.cached is None or self.cached[0] != stamp:
+            self.cached = stamp, CachedPath(self.path, self.base.dtype)
+        return self.cached[1]
 
     # Reading the context with the frozen LM
 
@@ -871,11 +834,22 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             position_ids = past + torch.arange(S, device=device)
         position_ids = position_ids.expand(B, S)
         hidden = self.run_base(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        # The kept columns of each row, [B, N]. A row with fewer than N gets others at its end.
-        N, rows = int(keep.sum(1).max()), torch.arange(B, device=device)[:, None]
-        columns = keep.int().argsort(dim=1, descending=True, stable=True)[:, :N]
-        return self.context(hidden[rows, columns], past + columns, position_ids[rows, columns],
-                            keep[rows, columns], cache, attention_mask, class_ids, seeds)
+        columns = kept_columns(keep)                                                    # [B, N]
+        def kept(x):                                    # [B, S, ..] -> [B, N, ..]
+            return x[torch.arange(B, device=device)[:, None], columns]
+        # Of the LM's own run: some rotary embeddings depend on the largest position there is.
+        cos, sin = map(kept, self.base.model.rotary_emb(hidden, position_ids))
+        if seeds is None:
+            seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
+        N, layers = columns.shape[1], cache.layers
+        masks, kinds = self.make_masks(past + columns, layers[0].keys.shape[2], attention_mask)
+        return Context(
+            lm=self.base, main_hidden=kept(hidden), cos=cos[:, :, None], sin=sin[:, :, None],
+            keys=[layer.keys for layer in layers], values=[layer.values for layer in layers],
+            masks=masks, kinds=kinds,
+            seeds=seeds.to(device).long().expand(B)[:, None].expand(B, N),      # 64-bit hash
+            positions=kept(position_ids).long(),
+            class_ids=self.check_classes(class_ids, B, N, device))
 
     def read_labelled(self, input_ids, labels, attention_mask=None, position_ids=None,
                       class_ids=None, seeds=None):
@@ -883,38 +857,19 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         ValueError: no label, or labels of another shape."""
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).long()
         keep = following != IGNORE
         if not keep.any():
             raise ValueError(f"every label after the first position is {IGNORE}: there is nothing "
                              "to learn from this batch")
         context = self.read(keep, input_ids, attention_mask, position_ids, class_ids=class_ids,
                             seeds=seeds)
-        targets = torch.full_like(context.positions, IGNORE)
-        targets[context.valid] = following[keep].long()     # both are in the order of the text
-        return context, targets
+        return context, following.gather(1, kept_columns(keep))
 
-    def context(self, hidden, columns, positions, valid, cache, attention_mask=None,
-                class_ids=None, seeds=None):
-        """The Context of queries whose hidden states are known. columns [B, N]: their places among
-        the cache's keys; positions [B, N]: their positions in the text, without padding."""
-        lm, layers, (B, N) = self.base.model, cache.layers, columns.shape
-        if seeds is None:
-            seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
-        cos, sin = lm.rotary_emb(hidden, positions)
-        return Context(
-            layers=lm.layers, norm=lm.norm, head=self.base.lm_head,
-            embedding=self.base.get_input_embeddings(), hidden=hidden, cos=cos[:, :, None],
-            sin=sin[:, :, None], keys=[layer.keys for layer in layers],
-            values=[layer.values for layer in layers],
-            masks=self.masks(columns, layers[0].keys.shape[2], attention_mask),
-            seeds=seeds.to(columns.device).long().expand(B)[:, None].expand(B, N),  # 64-bit hash
-            positions=positions.long(),
-            class_ids=self.check_classes(class_ids, B, N, columns.device), valid=valid)
-
-    def masks(self, columns, length, attention_mask):
-        """For every block [B, 1, N·G, L], 0 or −inf: the query at a column sees the keys up to its
-        own, except padding and what lies outside a sliding window."""
+    def make_masks(self, columns, length, attention_mask):
+        """For every kind of attention [B, 1, N·G, L], 0 or −inf: the query at a column sees the
+        keys up to its own, except padding and what lies outside a sliding window. And the kind of
+        every layer."""
         config, query = self.base.config, columns[:, :, None]                           # [B, N, 1]
         key = torch.arange(length, device=columns.device)                               # [L]
         visible = key <= query
@@ -934,7 +889,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             mask = torch.zeros(shown.shape, dtype=self.base.dtype, device=columns.device)
             mask = mask.masked_fill(~shown, -math.inf)
             masks[kind] = mask.repeat_interleave(G, dim=1)[:, None]
-        return [masks[kind] for kind in kinds]
+        return masks, kinds
 
     def check_classes(self, class_ids, B, N, device):
         """Class numbers [B] as int64 [B, N]; None is the null class. ValueError: no such class."""
@@ -982,25 +937,32 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         cache = past_key_values if cache is None else cache
         cache = DynamicCache() if cache is None else cache
         self.check_inputs(tokens, attention_mask, cache, logits_to_keep)
+        T = self.config.steps if steps is None else steps
+        check_steps(self.config.solver, T)
+        if seeds is None and T == 1 and self.config.t_start == 0:
+            seeds = torch.zeros(1)                      # no noise, so none of torch's numbers either
         keep = self.kept(tokens, logits_to_keep)
         context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
                             class_ids, seeds)
-        logits, evaluations = diffuse(self.current_path(), context, steps)
-        self.check_finite(logits, context)
-        if keep is logits_to_keep:
-            logits, evaluations = logits[context.valid], evaluations[context.valid]
+        found = diffuse(self.current_path(), context, T)    # logits, evaluations, passes
+        valid = keep.gather(1, kept_columns(keep))      # False for filler
+        self.check_finite(found[0], context, valid)
+        if torch.is_tensor(logits_to_keep):
+            found = [values[valid] for values in found]
         returned = cache if use_cache is not False else None
-        return L2DOutput(logits=logits, evaluations=evaluations, **{CACHE: returned})
+        return L2DOutput(logits=found[0], evaluations=found[1], passes=found[2],
+                         **{CACHE: returned})
 
     def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None,
                      class_ids=None, seeds=None):
-        """Losses [M] and times [M] of the labelled positions, row by row (`token_losses` above).
-        Other positions do not pass through the path. ValueError: no label, or of another shape."""
+        """Losses [M] and times [M] of the labelled positions, row by row (`diffusion_losses`).
+        Other positions do not pass through the path. A loss with gradients switches to training
+        mode, as an optimizer is about to change the weights. ValueError: no label, or of another
+        shape."""
         if torch.is_grad_enabled():
-            self.derived = None                     # an optimizer is about to change the weights
-        context, targets = self.read_labelled(input_ids, labels, attention_mask, position_ids,
-                                              class_ids, seeds)
-        return token_losses(self.path, context, targets)
+            self.train()
+        return diffusion_losses(self.path, *self.read_labelled(
+            input_ids, labels, attention_mask, position_ids, class_ids, seeds))
 
     @staticmethod
     def check_inputs(tokens, attention_mask, cache, logits_to_keep):
@@ -1017,9 +979,9 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
                              "needs them; pass DynamicCache()")
 
     @staticmethod
-    def check_finite(logits, context):
+    def check_finite(logits, context, valid):
         """RuntimeError: an answer with NaN or inf; names its row and position."""
-        failed = ~logits.amax(-1).isfinite() & context.valid
+        failed = ~logits.amax(-1).isfinite() & valid
         if failed.any():
             row, n = failed.nonzero()[0].tolist()
             raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
@@ -1045,64 +1007,6 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     def create_masks_for_generate(attention_mask=None, **kwargs):
         """`generate` would build 4D masks for a static cache; the base builds its own from this."""
         return attention_mask
-
-    # Thinking ahead
-
-    @torch.no_grad()
-    def generate_ahead(self, input_ids, max_new_tokens, ahead=8, temperature=1.0, eos_token_id=(),
-                       seeds=None, class_ids=None):
-        """Generate after input_ids [1, S], several tokens at once. In each round the LM drafts up
-        to ahead − 1 tokens by itself, the path diffuses all their positions in parallel, and the
-        draft is kept as far as L2D agrees. With the same seeds [1] (None: random ones), the tokens
-        are those of ahead=1, which drafts nothing: L2D's choice depends on the tokens before it,
-        seed, position and class alone, and it is kept only if all tokens before it are L2D's, too.
-        (One position and several are rounded differently, above all in bfloat16. That can turn a
-        near-tie.) Any of the tokens eos_token_id ends the answer and is its last.
-        Yields, for each round, the tokens that it gave and their evaluations: two lists. It
-        takes one row, because rows would advance at different speeds. ValueError: several rows."""
-        if len(input_ids) != 1 or ahead < 1:
-            raise ValueError(f"generate_ahead takes one row and ahead >= 1, not {len(input_ids)} "
-                             f"rows and ahead={ahead}")
-        if seeds is None:
-            seeds = torch.randint(2**62, (1,))
-        seeds, device = seeds.to(input_ids.device).long()[:, None], input_ids.device
-        cache, reach, done = DynamicCache(), ahead, 0
-        pending = input_ids                             # tokens that are not in the cache yet
-        while done < max_new_tokens:
-            start = int(cache.get_seq_length()) + pending.shape[1] - 1  # the last known token's
-            drafts, hidden = [], []
-            for n in range(min(reach, max_new_tokens - done)):
-                if n > 0:
-                    # The LM's own token, drawn with the noise that L2D's will be drawn with, so
-                    # that the two agree often.
-                    logits = self.base.lm_head(self.base.model.norm(hidden[-1]))
-                    position = seeds.new_tensor([[start + n - 1]])
-                    pending = choose(logits, temperature, seeds, position)
-                    if pending.item() in eos_token_id:      # nothing to draft beyond it
-                        break
-                    drafts.append(pending.item())
-                past = int(cache.get_seq_length())
-                positions = past + torch.arange(pending.shape[1], device=device)[None]
-                hidden.append(self.run_base(pending, None, positions, cache)[:, -1:])
-            positions = start + torch.arange(len(hidden), device=device)[None]
-            valid = torch.ones_like(positions, dtype=torch.bool)
-            context = self.context(torch.cat(hidden, dim=1), positions, positions, valid, cache,
-                                   class_ids=class_ids, seeds=seeds[:, 0])
-            logits, evaluations = diffuse(self.current_path(), context)
-            self.check_finite(logits, context)
-            tokens = choose(logits, temperature, seeds, positions)[0].tolist()
-            agreed = 0
-            while agreed < len(drafts) and drafts[agreed] == tokens[agreed]:
-                agreed += 1
-            tokens = tokens[:agreed + 1]                # the last one is L2D's alone
-            if len(drafts) > agreed:                    # drop the keys of the draft's rest
-                cache.crop(agreed - len(drafts))        # newer versions take only how many to drop
-            yield tokens, evaluations[0, :agreed + 1].tolist()
-            done += len(tokens)
-            if tokens[-1] in eos_token_id:
-                return
-            pending = input_ids.new_tensor([tokens[-1:]])
-            reach = min(ahead, 4 * len(tokens))         # for speed: less far after a poor round
 
     # Saving and loading
 

@@ -6,7 +6,7 @@
     python sample.py --guidance 1.5 --label math       guidance, for a model trained with classes
 
 --steps is the number of evaluations of the path per token, the paper's T; 1 is the base itself. A
-question gets the same answer alone, among others and with any --ahead, rounding aside."""
+question gets the same answer alone and among others."""
 
 import argparse
 import time
@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from l2d import TABLEAUS, VELOCITIES, diffuse
 from support import console
@@ -41,12 +41,11 @@ def parse_args():
     add = parser.add_argument_group("answers").add_argument
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
-    add("--ahead", type=int, default=8, help="positions diffused together; 1: no drafts")
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
     args = parser.parse_args()
-    console.check_numbers(parser, vars(args), ["max_new_tokens", "ahead"], ["temperature"])
+    console.check_numbers(parser, vars(args), ["max_new_tokens"], ["temperature"])
     if args.prompt and not all(prompt.strip() for prompt in args.prompt):
         parser.error("--prompt is empty")
     return args
@@ -77,7 +76,7 @@ class Session:
     def __init__(self, args):
         folder = args.out or console.last_run("config.json", containing='"model_type": "l2d"')
         device = console.pick_device(args.device)
-        self.args, self.evaluations, self.diffusions, self.seconds = args, [], 0, 0.0
+        self.args, self.evaluations, self.passes, self.seconds = args, [], [], 0.0
         settings = {name: getattr(args, name) for name in SETTINGS}
         self.model = console.load_model(folder, **settings)
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
@@ -92,7 +91,11 @@ class Session:
         elif args.label is not None:
             raise ValueError(f"label {args.label!r} is unknown; this model knows "
                              f"{', '.join(names) or 'no classes'}")
-        self.model.to(device)
+        self.model.to(device).register_forward_hook(self.count)
+
+    def count(self, model, inputs, output):
+        self.evaluations.append(output.evaluations.item())
+        self.passes.append(output.passes.item())
 
     def answer(self, messages):
         """Print the answer to a chat as it is written, and return it. The noise depends on the text
@@ -110,28 +113,31 @@ class Session:
         seeds = torch.tensor([args.seed << 32 | zlib.crc32(text.encode())])
         if args.trace:
             print_trace(trace(model, ids, self.class_ids, seeds), tokenizer)
-        rounds = model.generate_ahead(
-            ids, min(args.max_new_tokens, room), args.ahead, args.temperature,
-            eos_token_id=self.ends, seeds=seeds, class_ids=self.class_ids)
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        start, answer = time.perf_counter(), []
+        # What the base's own configuration may say (top_p, ..) is not wanted here.
+        settings = GenerationConfig(
+            do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0, top_p=1.0,
+            repetition_penalty=1.0, max_new_tokens=min(args.max_new_tokens, room),
+            eos_token_id=list(self.ends) or None, pad_token_id=tokenizer.pad_token_id or 0)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        torch.manual_seed(seeds.item())
+        start = time.perf_counter()
         try:
-            for tokens, evaluations in rounds:
-                streamer.put(torch.tensor(tokens))
-                answer += tokens
-                self.evaluations += evaluations
-                self.diffusions += 1
-        finally:                                         # at Ctrl-C, too
+            found = model.generate(ids, generation_config=settings, streamer=streamer, seeds=seeds,
+                                   class_ids=self.class_ids)
+        except BaseException:                            # Ctrl-C, too
             streamer.end()                               # it holds back the last word
+            raise
+        finally:
             self.seconds += time.perf_counter() - start
-        return tokenizer.decode(answer, skip_special_tokens=True)
+        return tokenizer.decode(found[0, ids.shape[1]:], skip_special_tokens=True)
 
     def summary(self):
-        used, n, solver = self.evaluations, len(self.evaluations), self.args.solver
-        if not TABLEAUS[solver].error:
-            solver = f"T = {self.args.steps}, {solver}"
-        return (f"{solver}: {sum(used) / n:.1f} evaluations per token ({min(used)} to "
-                f"{max(used)}), {self.diffusions / n:.2f} diffusions per token, {n} tokens, "
+        used, n, how = self.evaluations, len(self.evaluations), self.args.solver
+        if TABLEAUS[how].error:
+            how += f": {min(used)} to {max(used)} evaluations per token, {sum(used) / n:.1f} on average"
+        else:
+            how += f", T = {used[0]}: {used[0]} evaluations per token"
+        return (f"{how}, in {sum(self.passes) / n:.2f} passes of the path; {n} tokens, "
                 f"{n / self.seconds:.1f} tokens/s on {self.model.device.type}")
 
 def example_questions(model):
