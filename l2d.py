@@ -49,7 +49,7 @@ import math
 import os
 import threading
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -60,8 +60,6 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-# ==== Part I: the method ==========================================================================
 
 # ---- Random numbers ------------------------------------------------------------------------------
 
@@ -92,6 +90,8 @@ def gumbel(n, *address):
     """Gumbel noise, float32 [.., n]: argmax(logits + noise) is a draw from softmax(logits)."""
     return -torch.log(-torch.log(uniform(n, *address)))
 
+# ==== Part I: the method ==========================================================================
+
 # ---- LoRA (Section 3.1) --------------------------------------------------------------------------
 
 class Linear(nn.Linear):
@@ -115,27 +115,6 @@ class LoRALinear(nn.Module):
     def forward(self, x, base):
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return torch.add(base(x), update, alpha=self.scaling)
-
-class OwnLinear(Linear):
-    """Table 8's alternative to LoRA: a trained copy of the LM's layer `base`."""
-
-    def __init__(self, base):
-        super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.to(base.weight.device).load_state_dict(base.state_dict())
-
-    def forward(self, x, base):
-        return super().forward(x)
-
-def path_linear(base, config):
-    """The path's version of `base`: LoRA, a copy ("full"), or one that starts anew ("scratch")."""
-    if config.path == "lora":
-        return LoRALinear(base, config.lora_rank, config.lora_alpha)
-    layer = OwnLinear(base)
-    if config.path == "scratch":
-        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return layer
 
 # ---- Time and class conditioning (Section 3.2) ---------------------------------------------------
 
@@ -226,15 +205,15 @@ class Block(nn.Module):
     class set the scales, shifts and gates. What depends on the LM's architecture is here, in
     `modulate` and `rotate`, and in Part II's `L2D.read`."""
 
-    def __init__(self, layer, config):
+    def __init__(self, layer, config, linear):
         super().__init__()
         C, D = config.cond_dim, config.text_config.hidden_size
         self.adaLN_modulation = mlp(C, C, 6 * D)
-        self.q_proj = path_linear(layer.self_attn.q_proj, config)
-        self.o_proj = path_linear(layer.self_attn.o_proj, config)
-        self.gate_proj = path_linear(layer.mlp.gate_proj, config)
-        self.up_proj = path_linear(layer.mlp.up_proj, config)
-        self.down_proj = path_linear(layer.mlp.down_proj, config)
+        self.q_proj = linear(layer.self_attn.q_proj)
+        self.o_proj = linear(layer.self_attn.o_proj)
+        self.gate_proj = linear(layer.mlp.gate_proj)
+        self.up_proj = linear(layer.mlp.up_proj)
+        self.down_proj = linear(layer.mlp.down_proj)
 
     def forward(self, f, c, context, i):
         """f [B, N, D], embedding of time and class c [B, N, C] -> [B, N, D]. i: which layer."""
@@ -270,7 +249,9 @@ class DiffusionPath(nn.Module):
     """Everything that is trained and saved, and nothing of the LM."""
     gradient_checkpointing = False      # recompute blocks in the backward pass, to save memory
 
-    def __init__(self, config, layers):
+    def __init__(self, config, layers, linear):
+        """layers: the LM's; linear(layer): the path's version of a linear layer of them, such as
+        LoRALinear."""
         super().__init__()
         D, d, C = config.text_config.hidden_size, config.dim, config.cond_dim
         self.config, self.null = config, len(config.class_names)
@@ -279,7 +260,7 @@ class DiffusionPath(nn.Module):
         self.t_embedder = mlp(C, C, C)
         if config.class_names:
             self.class_embedder = nn.Embedding(self.null + 1, C)
-        self.blocks = nn.ModuleList(Block(layer, config) for layer in layers)
+        self.blocks = nn.ModuleList(Block(layer, config, linear) for layer in layers)
         self.output_weight = mlp(C, C, D)           # its last bias cancels in w(t) − w(0)
         self.initialize()
 
@@ -517,7 +498,7 @@ def diffuse(path, context, steps=None, observe=None):
         x, t, used = solve_adaptive(dxdt, x, start, end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
         used = used + 1
-    elif size == 0 or config.velocity == "expectation" or observe is not None:
+    elif size < 2 or config.velocity == "expectation" or observe is not None:
         x = solve_fixed(dxdt, x, start, end, (T - 1) // len(tableau.c), tableau)
     else:                               # (with "expectation", x̂ moves all the time)
         return draft_and_check(path, context, x, size, *unroll(config.solver, start, end, T))
@@ -539,7 +520,8 @@ def unroll(solver, t_start, t_end, steps):
         return velocity(unit[len(states)], x, t)
     tableau = TABLEAUS[solver]
     end = solve_fixed(dxdt, unit[0], t_start, t_end, (steps - 1) // len(tableau.c), tableau)
-    return torch.stack([*states, end]).float(), torch.cat([*times, unit.new_tensor([t_end])]).float()
+    times = torch.cat([*times, unit.new_tensor([t_end])])
+    return torch.stack([*states, end]).float(), times.float()
 
 def draft_and_check(path, context, x_0, size, weights, times):
     """What the loop over the T evaluations returns, in fewer passes of the path, each of at most
@@ -712,6 +694,29 @@ def check_settings(s):
     require(possible, "t_end", f"is not possible with {s.solver}: it must be above 0 and {limit} 1")
     require(0 <= s.t_start < end_time(s), "t_start", f"must lie in [0, {end_time(s):g})")
 
+# ---- Table 8's alternatives to LoRA --------------------------------------------------------------
+
+class OwnLinear(Linear):
+    """The path's own copy of the LM's layer `base`, which is an argument to match LoRALinear."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.to(base.weight.device).load_state_dict(base.state_dict())
+
+    def forward(self, x, base):
+        return super().forward(x)
+
+def path_linear(config, base):
+    """The path's version of `base`: LoRA, a copy ("full"), or one that starts anew ("scratch")."""
+    if config.path == "lora":
+        return LoRALinear(base, config.lora_rank, config.lora_alpha)
+    layer = OwnLinear(base)
+    if config.path == "scratch":
+        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    return layer
+
 # ---- The cache -----------------------------------------------------------------------------------
 
 class CachedPath(DiffusionPath):
@@ -771,15 +776,15 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
-            self.path = DiffusionPath(config, base.model.layers)
+            self.path = DiffusionPath(config, base.model.layers, partial(path_linear, config))
         self.cached = None                              # or (stamp of the weights, CachedPath)
         self.post_init()
 
     def init_weights(self):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
 
-    # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change of
-    # a weight that torch counts drop it.
+    # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
+    # of a weight that torch counts drop it.
 
     def train(self, mode=True):
         super().train(mode)

@@ -50,29 +50,23 @@ def parse_args():
         parser.error("--prompt is empty")
     return args
 
-def trace(model, input_ids, class_ids=None, seeds=None):
-    """The token after input_ids [1, S], one dict per evaluation. ValueError: more than one row."""
-    if len(input_ids) != 1:
-        raise ValueError(f"input_ids has {len(input_ids)} rows; trace one at a time")
-    rows, states = [], []
+def trace(model, tokenizer, input_ids, **which):
+    """Print how the token after input_ids [1, S] comes about: a line for each evaluation. which:
+    seeds and class_ids."""
+    print(f"{'n':>4} {'t':>6}  {'most likely':<16}{'probability':>12}{'moved':>9}")
+    states = []
     def observe(x_t, t, logits):
         states.append(x_t)
         probability, token = logits[0, 0].float().softmax(-1).max(-1)
-        rows.append({"t": float(t), "token": token.item(), "probability": probability.item(),
-                     "moved": (x_t - states[-2:][0]).norm().item()})     # 0 at the first
-    context = model.read(model.kept(input_ids, 1), input_ids, class_ids=class_ids, seeds=seeds)
+        moved = (x_t - states[-2:][0]).norm()            # 0 at the first
+        print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([token])!r:<16}"
+              f"{probability:12.3f}{moved:9.2f}")
+    context = model.read(model.kept(input_ids, 1), input_ids, **which)
     diffuse(model.current_path(), context, observe=observe)
-    return rows
-
-def print_trace(rows, tokenizer):
-    """One line per evaluation."""
-    print(f"{'n':>4} {'t':>6}  {'most likely':<16}{'probability':>12}{'moved':>9}")
-    for n, row in enumerate(rows, start=1):
-        token = repr(tokenizer.decode([row["token"]]))
-        print(f"{n:4d} {row['t']:6.3f}  {token:<16}{row['probability']:12.3f}{row['moved']:9.2f}")
 
 class Session:
     """A model that answers questions, and what its answers have cost so far."""
+
     def __init__(self, args):
         folder = args.out or console.last_run("config.json", containing='"model_type": "l2d"')
         device = console.pick_device(args.device)
@@ -80,9 +74,6 @@ class Session:
         settings = {name: getattr(args, name) for name in SETTINGS}
         self.model = console.load_model(folder, **settings)
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]            # None, a number or a list
-        self.ends = {self.tokenizer.eos_token_id, *ends} - {None}
         if self.model.num_parameters() < 10_000_000:
             torch.set_num_threads(1)                     # more would only wait for each other
         names, self.class_ids = self.model.config.class_names, None
@@ -98,47 +89,49 @@ class Session:
         self.passes.append(output.passes.item())
 
     def answer(self, messages):
-        """Print the answer to a chat as it is written, and return it. The noise depends on the text
-        and --seed alone, so not on which other questions are asked."""
+        """Print the answer to a chat as it is written, and return it. All its random numbers depend
+        on the text and --seed alone, so not on which other questions are asked."""
         args, model, tokenizer = self.args, self.model, self.tokenizer
         if args.system:
             messages = [{"role": "system", "content": args.system}, *messages]
         text = render(tokenizer, messages)
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        room = model.base.config.max_position_embeddings - ids.shape[1]
+        ids, room = ids.to(model.device), model.base.config.max_position_embeddings - ids.shape[1]
         if room < 1:
             raise ValueError(f"the chat has {ids.shape[1]} tokens, but the model's context only "
                              f"{ids.shape[1] + room}: ask a shorter question, or begin anew")
-        ids = ids.to(model.device)
         seeds = torch.tensor([args.seed << 32 | zlib.crc32(text.encode())])
+        which = dict(seeds=seeds, class_ids=self.class_ids)
         if args.trace:
-            print_trace(trace(model, ids, self.class_ids, seeds), tokenizer)
-        # What the base's own configuration may say (top_p, ..) is not wanted here.
-        settings = GenerationConfig(
-            do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0, top_p=1.0,
-            repetition_penalty=1.0, max_new_tokens=min(args.max_new_tokens, room),
-            eos_token_id=list(self.ends) or None, pad_token_id=tokenizer.pad_token_id or 0)
+            trace(model, tokenizer, ids, **which)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         torch.manual_seed(seeds.item())
         start = time.perf_counter()
         try:
-            found = model.generate(ids, generation_config=settings, streamer=streamer, seeds=seeds,
-                                   class_ids=self.class_ids)
-        except BaseException:                            # Ctrl-C, too
+            found = model.generate(ids, generation_config=self.sampling(room), streamer=streamer,
+                                   **which)
+        except KeyboardInterrupt:
             streamer.end()                               # it holds back the last word
             raise
         finally:
             self.seconds += time.perf_counter() - start
         return tokenizer.decode(found[0, ids.shape[1]:], skip_special_tokens=True)
 
+    def sampling(self, room):
+        """Plain sampling: what the base's own configuration adds (top_p, ..) is turned off."""
+        args, ends = self.args, self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return GenerationConfig(
+            do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0, top_p=1.0,
+            repetition_penalty=1.0, max_new_tokens=min(args.max_new_tokens, room),
+            eos_token_id=list(ends - {None}), pad_token_id=self.tokenizer.pad_token_id or 0)
+
     def summary(self):
-        used, n, how = self.evaluations, len(self.evaluations), self.args.solver
-        if TABLEAUS[how].error:
-            how += f": {min(used)} to {max(used)} evaluations per token, {sum(used) / n:.1f} on average"
-        else:
-            how += f", T = {used[0]}: {used[0]} evaluations per token"
-        return (f"{how}, in {sum(self.passes) / n:.2f} passes of the path; {n} tokens, "
-                f"{n / self.seconds:.1f} tokens/s on {self.model.device.type}")
+        used, n, how = self.evaluations, len(self.evaluations), f"T = {self.args.steps}"
+        if TABLEAUS[self.args.solver].error:
+            how = self.args.solver
+        return (f"{how}: {sum(used) / n:.4g} evaluations in {sum(self.passes) / n:.2f} passes per "
+                f"token; {n} tokens, {n / self.seconds:.1f} tokens/s on {self.model.device.type}")
 
 def example_questions(model):
     """(question, right answer) pairs: nine of the tiny model's, or others without the answer."""
@@ -148,27 +141,17 @@ def example_questions(model):
     rows, _ = read_rows(str(test))
     return [[message["content"] for message in row["messages"]] for row in rows[:9]]
 
-def ask(session, questions):
-    for question, right in questions:
-        print(f"> {question}    (right: {right})" if right else f"> {question}")
-        session.answer([{"role": "user", "content": question}])
-
-def chat(session):
-    """Questions from the terminal, until an empty line."""
-    messages = []
-    while question := input("> ").strip():
-        messages.append({"role": "user", "content": question})
-        messages.append({"role": "assistant", "content": session.answer(messages)})
-
 def main():
     args = parse_args()
-    session = Session(args)
+    session, messages = Session(args), []
+    given = [(prompt, None) for prompt in args.prompt or ()]
     try:
-        if args.interactive:
-            chat(session)
-        else:
-            given = [(prompt, None) for prompt in args.prompt or ()]
-            ask(session, given or example_questions(session.model))
+        for question, right in () if args.interactive else given or example_questions(session.model):
+            print(f"> {question}    (right: {right})" if right else f"> {question}")
+            session.answer([{"role": "user", "content": question}])
+        while args.interactive and (question := input("> ").strip()):
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": session.answer(messages)})
     except EOFError:                                     # Ctrl-D
         print()
     finally:                                             # after Ctrl-C, too
