@@ -46,8 +46,6 @@ def parse_args():
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
     args = parser.parse_args()
     console.check_numbers(parser, vars(args), ["max_new_tokens"], ["temperature"])
-    if args.prompt and not all(prompt.strip() for prompt in args.prompt):
-        parser.error("--prompt is empty")
     return args
 
 def trace(model, tokenizer, input_ids, **which):
@@ -65,28 +63,30 @@ def trace(model, tokenizer, input_ids, **which):
     diffuse(model.current_path(), context, observe=observe)
 
 class Session:
-    """A model that answers questions, and what its answers have cost so far."""
+    """A model that answers questions, and what each of its tokens has cost."""
 
     def __init__(self, args):
         folder = args.out or console.last_run("config.json", containing='"model_type": "l2d"')
-        device = console.pick_device(args.device)
-        self.args, self.evaluations, self.passes, self.seconds = args, [], [], 0.0
+        self.args, self.counts, self.seconds = args, [], 0.0
         settings = {name: getattr(args, name) for name in SETTINGS}
-        self.model = console.load_model(folder, **settings)
+        self.model = console.load_model(folder, **settings).to(console.pick_device(args.device))
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
-        if self.model.num_parameters() < 10_000_000:
-            torch.set_num_threads(1)                     # more would only wait for each other
-        names, self.class_ids = self.model.config.class_names, None
-        if args.label in names:
-            self.class_ids = torch.tensor([names.index(args.label)], device=device)
-        elif args.label is not None:
-            raise ValueError(f"label {args.label!r} is unknown; this model knows "
-                             f"{', '.join(names) or 'no classes'}")
-        self.model.to(device).register_forward_hook(self.count)
+        names, self.which = self.model.config.class_names, {}
+        if args.label is not None:
+            if args.label not in names:
+                raise ValueError(f"label {args.label!r} is unknown; this model knows "
+                                 f"{', '.join(names) or 'no classes'}")
+            self.which = {"class_ids": torch.tensor([names.index(args.label)])}
+        # Plain sampling: what the base's own configuration adds (top_p, ..) is not wanted.
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.model.generation_config = GenerationConfig(
+            do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0,
+            eos_token_id=sorted(ends), pad_token_id=self.tokenizer.pad_token_id or 0)
+        self.model.register_forward_hook(self.count)
 
     def count(self, model, inputs, output):
-        self.evaluations.append(output.evaluations.item())
-        self.passes.append(output.passes.item())
+        self.counts.append((output.evaluations.item(), output.passes.item()))
 
     def answer(self, messages):
         """Print the answer to a chat as it is written, and return it. All its random numbers depend
@@ -100,16 +100,16 @@ class Session:
         if room < 1:
             raise ValueError(f"the chat has {ids.shape[1]} tokens, but the model's context only "
                              f"{ids.shape[1] + room}: ask a shorter question, or begin anew")
-        seeds = torch.tensor([args.seed << 32 | zlib.crc32(text.encode())])
-        which = dict(seeds=seeds, class_ids=self.class_ids)
+        seed = args.seed << 32 | zlib.crc32(text.encode())
+        which = self.which | {"seeds": torch.tensor([seed])}
         if args.trace:
             trace(model, tokenizer, ids, **which)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        torch.manual_seed(seeds.item())
+        torch.manual_seed(seed)
         start = time.perf_counter()
         try:
-            found = model.generate(ids, generation_config=self.sampling(room), streamer=streamer,
-                                   **which)
+            most = min(args.max_new_tokens, room)
+            found = model.generate(ids, streamer=streamer, max_new_tokens=most, **which)
         except KeyboardInterrupt:
             streamer.end()                               # it holds back the last word
             raise
@@ -117,36 +117,26 @@ class Session:
             self.seconds += time.perf_counter() - start
         return tokenizer.decode(found[0, ids.shape[1]:], skip_special_tokens=True)
 
-    def sampling(self, room):
-        """Plain sampling: what the base's own configuration adds (top_p, ..) is turned off."""
-        args, ends = self.args, self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-        return GenerationConfig(
-            do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0, top_p=1.0,
-            repetition_penalty=1.0, max_new_tokens=min(args.max_new_tokens, room),
-            eos_token_id=list(ends - {None}), pad_token_id=self.tokenizer.pad_token_id or 0)
-
     def summary(self):
-        used, n, how = self.evaluations, len(self.evaluations), f"T = {self.args.steps}"
-        if TABLEAUS[self.args.solver].error:
-            how = self.args.solver
-        return (f"{how}: {sum(used) / n:.4g} evaluations in {sum(self.passes) / n:.2f} passes per "
-                f"token; {n} tokens, {n / self.seconds:.1f} tokens/s on {self.model.device.type}")
+        used, passes = torch.tensor(self.counts, dtype=torch.float).mean(0).tolist()
+        solver, n = self.args.solver, len(self.counts)
+        how = solver if TABLEAUS[solver].error else f"T = {self.args.steps}"
+        return (f"{how}: {used:.4g} evaluations in {passes:.2f} passes per token; {n} tokens, "
+                f"{n / self.seconds:.1f} tokens/s on {self.model.device.type}")
 
-def example_questions(model):
-    """(question, right answer) pairs: nine of the tiny model's, or others without the answer."""
+def questions(args, model):
+    """(question, right answer or None): those of --prompt, or nine of the tiny model's."""
     test = Path(model.config.base_model) / "test.jsonl"
-    if not test.exists():
-        return [(question, None) for question in EXAMPLES]
+    if args.prompt or not test.exists():
+        return [(question, None) for question in args.prompt or EXAMPLES]
     rows, _ = read_rows(str(test))
     return [[message["content"] for message in row["messages"]] for row in rows[:9]]
 
 def main():
     args = parse_args()
     session, messages = Session(args), []
-    given = [(prompt, None) for prompt in args.prompt or ()]
     try:
-        for question, right in () if args.interactive else given or example_questions(session.model):
+        for question, right in [] if args.interactive else questions(args, session.model):
             print(f"> {question}    (right: {right})" if right else f"> {question}")
             session.answer([{"role": "user", "content": question}])
         while args.interactive and (question := input("> ").strip()):
@@ -155,7 +145,7 @@ def main():
     except EOFError:                                     # Ctrl-D
         print()
     finally:                                             # after Ctrl-C, too
-        if session.evaluations:
+        if session.counts:
             print(session.summary())
 
 if __name__ == "__main__":
