@@ -18,7 +18,7 @@ from transformers import TextStreamer
 
 from l2d import TABLEAUS, VELOCITIES, diffuse
 from support import console
-from support.chats import read_rows, render
+from support.chats import read_file, render
 
 SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start", "dtype")
 EXAMPLES = ["What is 17 times 23?", "Write a haiku about noise.", "Why is the sky blue?"]
@@ -139,8 +139,8 @@ def example_questions(model):
     test = Path(model.config.base_model) / "test.jsonl"
     if not test.exists():
         return [(question, None) for question in EXAMPLES]
-    rows, _ = read_rows(str(test))
-    return [[message["content"] for message in row["messages"]] for row in rows[:9]]
+    rows = read_file(test)[:9]
+    return [[message["content"] for message in row["messages"]] for row in rows]
 
 def ask(session, questions):
     for question, right in questions:
