@@ -38,6 +38,7 @@ CHUNK = 1000                                             # rows that are encoded
 DAY = date(2024, 7, 26)                                  # for templates that print today's date
 DATE = DAY.strftime("%d %b %Y")
 FORMATS = "".join(f".replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBdHIjmMpSuwyY")
+FORMATS += f".replace('%-d', '{DAY.day}').replace('%-m', '{DAY.month}')"
 CLOCK = "{% macro strftime_now(format) %}{{ format" + FORMATS + " }}{% endmacro %}\n"
 
 def parse(text):
