@@ -1,7 +1,7 @@
 """Chats as training examples, one for every assistant turn, from a file or a hub data set.
 
-A row is read as messages, the chat template writes them as text, the text becomes tokens. `datasets`
-does it once and keeps the examples on disk. What is left out or not used is counted in `notes`."""
+A row is read as messages, the chat template writes them as text, the text becomes tokens, all once:
+`datasets` keeps the examples on disk. What is left out or not used is counted in `notes`."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 WEIGHTS = ("weight", "train", "trainable", "loss_mask", "loss")      # 0: context, not learnt
 NO_CHAT = "no messages with role and content, and no question with an answer"
 SEE_HELP = "`python train.py --help` says what a row looks like"
-COLUMNS = {"input_ids": ["int32"], "answer": "int32", "length": "int32", "label": "string",
+COLUMNS = {"input_ids": "int32", "answer": "int32", "length": "int32", "label": "string",
            "row": "int64", "notes": "string"}
 LINE = "line of a file"                                  # the only column of a file's rows
 CHUNK = 1000                                             # rows that are encoded together
@@ -272,7 +272,8 @@ def encode_all(rows, tokenizer, **options):
         raise ValueError("the tokenizer has no tokenizer.json, so tells no offsets: convert it")
     state = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
              tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__]
-    types = {name: [Value(t[0])] if isinstance(t, list) else Value(t) for name, t in COLUMNS.items()}
+    types = {name: Value(kind) for name, kind in COLUMNS.items()}
+    types["input_ids"] = [Value("int32")]
     workers = min(os.cpu_count(), len(rows) // CHUNK)
     return rows.map(
         encode_batch, batched=True, batch_size=CHUNK, with_indices=True, desc="reading chats",

@@ -91,7 +91,7 @@ def load_model(folder, **settings):
         return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
 
 def load_tokenizer(name, vocab_size=math.inf):
-    """A tokenizer for chats. ValueError: no template, no eos, or ids that the model does not have."""
+    """A tokenizer for chats. ValueError: no template, no eos, or ids that the model has not."""
     tokenizer = load(AutoTokenizer, name)
     for what in ("chat_template", "eos_token"):
         if getattr(tokenizer, what) is None:
