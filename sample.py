@@ -18,7 +18,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from l2d import TABLEAUS, VELOCITIES, diffuse
 from support import console
-from support.chats import read_rows, render
+from support.chats import read_file, render
 
 SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start", "dtype")
 EXAMPLES = ["What is 17 times 23?", "Write a haiku about noise.", "Why is the sky blue?"]
@@ -129,8 +129,7 @@ def questions(args, model):
     test = Path(model.config.base_model) / "test.jsonl"
     if args.prompt or not test.exists():
         return [(question, None) for question in args.prompt or EXAMPLES]
-    rows, _ = read_rows(str(test))
-    return [[message["content"] for message in row["messages"]] for row in rows[:9]]
+    return [[message["content"] for message in row["messages"]] for row in read_file(test)[:9]]
 
 def main():
     args = parse_args()

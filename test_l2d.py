@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1938,9 +1939,11 @@ def trained(tmp_path_factory):
 
 def test_training_reports_what_it_does(trained):
     folder, output = trained
-    assert "left out 1 (of 63 rows): not a JSON object" in output
-    assert "no assistant turn" in output
-    assert "no messages with role and content" in output
+    assert "chats.jsonl: 63 rows, of which 60 are learnt, in 60 turns" in output
+    assert "rows left out: not a JSON object: 1" in output
+    assert "rows left out: no assistant turn to learn: 1" in output
+    assert "rows left out: no messages with role and content" in output
+    assert "rows with a column 'kind' that is not used: 60" in output
     lines = log(folder / "whole")
     updates = [line for line in lines if "loss" in line]
     assert [line["step"] for line in updates] == list(range(1, 9))
@@ -2107,7 +2110,7 @@ def test_chats_are_split_into_turns(trained):
     expected = [(first, "2<|end|>"),
                 (first + "2<|end|><|user|>2*2<|end|><|assistant|>", "4<|end|>"),
                 ("<|user|>3*3<|end|><|assistant|>", "9<|end|>")]
-    assert held_out == [] and sorted(texts) == expected
+    assert len(held_out) == 0 and sorted(texts) == expected
 
 
 def test_no_chat_is_learnt_and_held_out(tmp_path):
@@ -2130,7 +2133,7 @@ def test_no_chat_is_learnt_and_held_out(tmp_path):
 @pytest.mark.parametrize("n, learnt", [(0, 12), (1, 12), (5, 12)])
 def test_a_test_split_is_held_out_in_examples(monkeypatch, n, learnt):
     turns = [{"role": role, "content": "1"} for role in ("user", "assistant") * 2]
-    rows = [{"messages": turns}] * 6
+    rows = datasets.Dataset.from_dict({"messages": [turns] * 6})
     monkeypatch.setattr(chats, "read_rows", lambda data: (rows, rows))
     examples, held_out = load_data("smoltalk", tiny.make_tokenizer(), validation=n)
     assert len(examples) == learnt and len(held_out) == n

@@ -7,8 +7,9 @@
 
 --data is a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]], or smoltalk, the paper's selection.
 A row holds {"messages": [{"role": .., "content": ..}, ..]}, or a prompt, question or instruction
-and a response, answer, completion or output. Every assistant turn is an example, learnt after what
-precedes it. --resume goes on from the last checkpoint (on a CPU, to the very same result).
+(and input) and a response, answer, completion or output; and perhaps a system prompt and tools.
+Every assistant turn is an example, learnt after what precedes it, unless it has "weight": 0.
+--resume goes on from the last checkpoint (on a CPU, to the very same result).
 """
 
 import argparse
@@ -48,6 +49,7 @@ def make_parser(description=__doc__):
     add("--label-column", help="column with the class of a row: trains classes, for guidance")
     add("--max-length", type=int, default=2048, help="leave out examples of more tokens")
     add("--validation", type=int, default=512, help="examples held out, a tenth of all at most")
+    add("--keep-going", **FLAG, help="train even if most rows are left out")
     add("--out", type=os.path.normpath, help="output folder; None: out/NAME-l2d")
     add("--resume", action="store_true", help="continue the run in --out, or else the last one")
     add = parser.add_argument_group("diffusion path").add_argument
@@ -126,7 +128,7 @@ def build(args, make_model):
     tokenizer = console.load_tokenizer(args.model, lm.vocab_size)
     max_length = min(args.max_length, lm.max_position_embeddings)
     data, held_out = chats.load_data(args.data, tokenizer, max_length, args.label_column,
-                                     args.validation)
+                                     args.validation, lm.eos_token_id, args.keep_going)
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     base = console.load_base(args.model, dtype=getattr(torch, dtype))
     if base.num_parameters() < 10_000_000:
@@ -134,7 +136,7 @@ def build(args, make_model):
     if args.shard:
         base = processes.sharded(base, args.device)
     torch.manual_seed(args.seed)
-    labels = sorted({example["label"] for example in data} - {None})
+    labels = sorted({*chats.column(data, "label")} - {None})
     return make_model(args, base.to(args.device), labels), tokenizer, data, held_out
 
 def cost(pair):

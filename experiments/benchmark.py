@@ -31,6 +31,7 @@ means nothing; only the cost of a round does.
 import argparse
 import copy
 import json
+import math
 import statistics
 import time
 import traceback
@@ -47,7 +48,7 @@ from experiments.flops import path_linears, update_flops
 from experiments.naive import naive_logits, naive_loss, naive_token
 from experiments.shapes import SHAPES
 from l2d import IGNORE, L2D, L2DConfig, check_steps, diffuse, initial_noise
-from support.chats import read_rows, turns
+from support.chats import encode, read_file
 from support.console import check_numbers, console, load_model, load_tokenizer, pick_device
 
 def parse_args():
@@ -422,11 +423,10 @@ class Benchmark:
         model = load_model(args.out, dtype=args.dtype).to(args.device)
         tokenizer = load_tokenizer(args.out, model.base.config.vocab_size)
         data = args.data or str(Path(model.config.base_model) / "test.jsonl")
-        texts = [turns(row, tokenizer)[0][0] for row in read_rows(data)[0][:args.questions]]
-        prompts = [tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-                   for text in texts]
+        examples, _ = encode(read_file(data)[:args.questions], tokenizer, math.inf)
+        prompts = {e["row"]: torch.tensor([e["input_ids"][:e["answer"]]]) for e in examples[::-1]}
         ends = torch.tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id)
-        return model, [ids.to(args.device) for ids in prompts], ends.view(-1).tolist()
+        return model, [prompts[n].to(args.device) for n in sorted(prompts)], ends.view(-1).tolist()
 
     def products(self, model):
         """The time of a product of M rows with a layer of the path and with the head, over that of

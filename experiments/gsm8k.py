@@ -25,7 +25,6 @@ import shlex
 import subprocess
 import sys
 import zlib
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,8 +117,7 @@ class Model:
 
     def examples(self, file, n):
         """The first n rows as examples; those of over 384 tokens are left out."""
-        rows, problems = chats.read_rows(str(file))[0][:n], Counter()
-        return chats.encode(rows, self.tokenizer, 384, None, problems)
+        return chats.encode(chats.read_file(file)[:n], self.tokenizer, 384)[0]
 
     @torch.no_grad()
     def scores(self, examples, way, settings, file, name, batch=8):

@@ -40,7 +40,7 @@ from transformers import GenerationConfig
 
 from experiments.results import add_models, append_line, interval, is_path, model_folders
 from l2d import L2D, TABLEAUS, VELOCITIES, check_steps
-from support.chats import DATE, read_rows
+from support.chats import DATE, dated, read_file
 from support.console import (check_numbers, console, load_base, load_model, load_tokenizer,
                              pick_device)
 
@@ -74,7 +74,7 @@ def local_task(file, gsm8k):
     ValueError: a bad row."""
     import yaml
     from datasets import Dataset
-    rows = read_rows(file)[0]
+    rows = read_file(file)
     for number, row in enumerate(rows, start=1):
         good = isinstance(row, dict) and isinstance(row.get("question"), str)
         if not good or "####" not in str(row.get("answer")):
@@ -152,10 +152,11 @@ def load_lm(folder, how, device, dtype, batch_size):
               for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # Many a base's own tempers the sampling.
     model.generation_config = GenerationConfig(**tokens, disable_compile=True)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = dated(tokenizer.get_chat_template())
     return import_harness().models.huggingface.HFLM(
-        pretrained=model.to(pick_device(device)), tokenizer=load_tokenizer(folder),
-        backend="causal", batch_size=batch_size,
-        chat_template_args={"date_string": DATE, "strftime_now": lambda form: DATE})
+        pretrained=model.to(pick_device(device)), tokenizer=tokenizer, backend="causal",
+        batch_size=batch_size, chat_template_args={"date_string": DATE})
 
 def measure(lm, loaded, decoding, settings):
     """One run over the questions: its metrics, {name: {"value", "interval" (None for what is no

@@ -1,153 +1,341 @@
-"""Chats as training examples, one for every assistant turn, from a file or a hub data set."""
+"""Chats as training examples, one for every assistant turn, from a file or a hub data set.
 
+A row is read as messages, the chat template writes them as text, the text becomes tokens, all once:
+`datasets` keeps the examples on disk. What is left out or not used is counted in `notes`."""
+
+import hashlib
 import json
 import os
-from array import array
+from bisect import bisect_right
 from collections import Counter
+from datetime import date
 from functools import lru_cache
 
+import numpy as np
+import tokenizers
 import torch
-from tqdm.auto import tqdm
+import transformers
 
 from support.console import loading, one_line
-from support.processes import from_all, rank, world
+from support.processes import from_first, world
 
 SMOLTALK = {"self-oss-instruct": "coding", "metamathqa-50k": "math", "numina-cot-100k": "math",
             "openhermes-100k": "general", "smol-magpie-ultra": None}
 MAGPIE = {"coding": "coding", "math": "math", "data-analysis": "general",
           "information-seeking": "general", "reasoning": "general"}
+MESSAGES = ("messages", "conversations", "conversation")
 QUESTION = ("prompt", "question", "instruction")
 ANSWER = ("response", "answer", "completion", "output")
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+            "system": "system", "tool": "tool"}
+WEIGHTS = ("weight", "train", "trainable", "loss_mask", "loss")      # 0: context, not learnt
+NO_CHAT = "no messages with role and content, and no question with an answer"
+SEE_HELP = "`python train.py --help` says what a row looks like"
+COLUMNS = {"input_ids": "int32", "answer": "int32", "length": "int32", "label": "string",
+           "row": "int64", "notes": "string"}
+LINE = "line of a file"                                  # the only column of a file's rows
 CHUNK = 1000                                             # rows that are encoded together
-DATE = "26 Jul 2024"                                     # for templates that print today's date
+DAY = date(2024, 7, 26)                                  # for templates that print today's date
+DATE = DAY.strftime("%d %b %Y")
+FORMATS = "".join(f".replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBdHIjmMpSuwyY")
+FORMATS += f".replace('%-d', '{DAY.day}').replace('%-m', '{DAY.month}')"
+CLOCK = "{% macro strftime_now(format) %}{{ format" + FORMATS + " }}{% endmacro %}\n"
+
+def parse(text):
+    """The value of a text in JSON, or the text itself."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+def digest(file):
+    """A checksum of a file. ValueError: it is not UTF-8."""
+    found = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as data:
+        for number, line in enumerate(data, start=1):
+            found.update(line)
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}, line {number}, byte {error.start + 1}: {error.reason} "
+                                 f"{line[error.start]:#x}: save the file as UTF-8") from None
+    return found.hexdigest()
+
+def lines(file, stamp=None):
+    """The rows of a file, still in JSON: its lines, or the items of the list that it holds."""
+    with open(file, encoding="utf-8-sig") as text:
+        array = next(filter(str.strip, text), "").lstrip().startswith("[")
+        text.seek(0)
+        whole = parse(text.read()) if array else None
+        text.seek(0)
+        for line in map(json.dumps, whole) if isinstance(whole, list) else text:
+            if line.strip():
+                yield {LINE: line}
+
+def read_file(file):
+    """The rows of a .jsonl or .json file; one that is not JSON stays a text."""
+    digest(file)
+    return [parse(row[LINE]) for row in lines(file)]
 
 def read_rows(data):
-    """(training rows, validation rows or None); a line of a file that is not JSON stays a text."""
+    """(training rows, validation rows or None), on disk."""
+    import datasets                                      # takes a second
     if data == "smoltalk":
-        from datasets import concatenate_datasets
-        return tuple(concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK])
+        return tuple(datasets.concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK])
                      for split in ("train", "test"))
     if data.endswith((".jsonl", ".json")):
-        with open(data, encoding="utf-8-sig", errors="replace") as file:
-            return [parse(line) for line in file if line.strip()], None
+        stamp = digest(data) + digest(__file__)          # other content or code: other rows
+        if next(lines(data), None) is None:
+            raise ValueError(f"no usable row in {data}: it is empty; {SEE_HELP}")
+        with loading("data", data):
+            return datasets.Dataset.from_generator(
+                lines, datasets.Features({LINE: datasets.Value("large_string")}),
+                gen_kwargs={"file": data, "stamp": stamp}), None
     if os.path.isfile(data):
         raise ValueError(f"{data} must be a .jsonl file, with a JSON object in every line")
     name, subset, split = (data.split(":") + ["", ""])[:3]
     return hub_rows(name, subset or None, split or "train"), None
 
-def parse(line):
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return line
-
 def hub_rows(name, subset, split):
-    from datasets import load_dataset                    # takes a second; files do not need it
+    from datasets import load_dataset
     with loading("data", f"{name!r} (no .jsonl file, so a hub data set, NAME:SUBSET:SPLIT)"):
         return load_dataset(name, subset, split=split)
 
 def smoltalk(subset, split):
     """One of the paper's subsets (B.1), with the class (Table 5) in the column `label`."""
-    rows = hub_rows("HuggingFaceTB/smoltalk", subset, split)
-    if SMOLTALK[subset] is None:
-        rows = rows.filter(lambda row: row["category"] in MAGPIE)
-    rows = rows.map(lambda row: {"label": SMOLTALK[subset] or MAGPIE[row["category"]]})
-    return rows.select_columns(["messages", "label"])
+    rows, label = hub_rows("HuggingFaceTB/smoltalk", subset, split), SMOLTALK[subset]
+    labels = [label] * len(rows) if label else [MAGPIE.get(kind) for kind in rows["category"]]
+    rows = rows.select_columns("messages").add_column("label", labels)
+    return rows.select([number for number, label in enumerate(labels) if label])
 
-def render(tokenizer, messages, answer=False):
+def dated(template):
+    """A chat template with a clock that stands still; the library lets no function be passed."""
+    return CLOCK + template if "strftime_now" in template else template
+
+def render(tokenizer, messages, answer=False, tools=None):
     """Messages in the chat template; without `answer`, up to where the assistant is to speak."""
-    for message in messages:                             # JSON can hold half characters:
-        message["content"].encode()                      # a UnicodeError, so a ValueError
-    options = dict(add_generation_prompt=not answer, date_string=DATE, strftime_now=lambda _: DATE)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=dated(tokenizer.get_chat_template(tools=tools)),
+            tokenize=False, add_generation_prompt=not answer, date_string=DATE)
     except Exception as error:                           # templates raise errors of any kind
         raise ValueError(f"the chat template fails: {one_line(error)}") from None
+    text.encode()                                        # JSON can hold half characters:
+    return text                                          # a UnicodeError, so a ValueError
 
-def turns(row, tokenizer):
-    """[(prompt, prompt and answer), ..] as texts, for every assistant turn. ValueError: no turn."""
+def read_text(content):
+    """Content as a text; it may be a list of parts."""
+    for part in content if isinstance(content, list) else [{"text": content}]:
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"a content is no text: {part.get('type', content)!r:.40}")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+def read_message(message):
+    """(message, whether it is learnt)"""
+    message = {key: value for key, value in message.items() if value not in (None, [])}
+    if "from" in message:
+        if message["from"] not in SPEAKERS:
+            raise ValueError(f"{message['from']!r} speaks, which is none of {', '.join(SPEAKERS)}")
+        message["role"], message["content"] = SPEAKERS[message.pop("from")], message.pop("value")
+    calls, assistant = message.get("tool_calls", []), message["role"] == "assistant"
+    for function in [call.get("function", call) for call in calls]:
+        if isinstance(function.get("arguments"), str):   # templates write them as JSON
+            function["arguments"] = parse(function["arguments"])
+    message = {"content": ""} | message if calls else message
+    message["content"] = read_text(message["content"])
+    weights = [message.pop(key) for key in WEIGHTS
+               if key in message and (assistant or not message[key])]
+    if wrong := [weight for weight in weights if weight not in (0, 1)]:
+        raise ValueError(f"the weight {wrong[0]!r:.40} of a message must be 0 or 1")
+    return message, assistant and all(weights) and bool(calls or message["content"])
+
+def take(row, *names):
+    """Take the first of these columns that a row has out of it."""
+    return next((row.pop(name) for name in names if name in row), None)
+
+def read_chat(row, label_column, notes):
+    """(messages, which of them are learnt, tools, label) of a row. ValueError, LookupError,
+    TypeError or AttributeError: it is no chat."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
-    messages = row.get("messages")
+    row = {name: value for name, value in row.items() if value not in (None, "", [])}
+    label, messages = row.pop(label_column, None), take(row, *MESSAGES)
+    if isinstance(label, (dict, list)):
+        raise ValueError(f"{label_column}={label!r} is no label, such as a text")
     if messages is None:
-        question, answer = ([row[name] for name in names if name in row][0]
-                            for names in (QUESTION, ANSWER))
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    found = []
-    for k, message in enumerate(messages):
-        if message["role"] == "assistant" and message["content"] != "":
-            whole = render(tokenizer, messages[:k + 1], answer=True)
-            found.append((render(tokenizer, messages[:k]), whole))
-    if not found:
-        raise ValueError("no assistant turn")
-    return found
+        question = [read_text(part) for part in (take(row, *QUESTION), take(row, "input")) if part]
+        messages = [{"role": "user", "content": "\n".join(question) or None},
+                    {"role": "assistant", "content": take(row, *ANSWER)}]
+    messages, learnt = map(list, zip(*map(read_message, messages)))
+    if not any(learnt):
+        raise ValueError("no assistant turn to learn")
+    if messages[0]["role"] != "system" and (system := take(row, "system", "system_prompt")):
+        messages.insert(0, {"role": "system", "content": read_text(system)})
+        learnt.insert(0, False)
+    tools = row.pop("tools", None)
+    tools = parse(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, (list, type(None))):
+        raise ValueError(f"tools {tools!r:.40} are no list")
+    for name in row:
+        notes[f"rows with a column {name!r} that is not used"] += 1
+    context = sum(message["role"] == "assistant" for message in messages) - sum(learnt)
+    notes["turns that are context only (of weight 0, or empty)"] += context
+    return messages, learnt, tools, None if label is None else str(label)
 
-def encode(rows, tokenizer, max_length, label_column, problems, first=0):
-    """Examples {"input_ids", "answer": where it starts, "label", "row": its number, from `first`};
-    `problems` counts the others."""
-    texts, sources, examples = [], [], []
+def find_turns(messages, learnt, tools, tokenizer, notes):
+    """[(text, where an answer starts in it, where it ends), ..], counted in characters. Turns share
+    a text unless the template changes what precedes, as by dropping earlier thoughts."""
+    found = []
+    for k in [k for k, wanted in enumerate(learnt) if wanted][::-1]:
+        try:
+            if k == 0:
+                raise ValueError("nothing precedes the answer")
+            prompt = render(tokenizer, messages[:k], tools=tools)
+            whole = render(tokenizer, messages[:k + 1], answer=True, tools=tools)
+            if not whole.startswith(prompt) or whole == prompt:
+                raise ValueError("the chat template does not continue its own prompt")
+        except ValueError as error:
+            notes[f"turns left out: {one_line(error, 200)}"] += 1
+            continue
+        if not found:
+            find_unused(messages[:k + 1], tools, whole, tokenizer, notes)
+        shared = found and found[-1][0].startswith(whole)
+        found.append((found[-1][0] if shared else whole, len(prompt), len(whole)))
+    return found[::-1]
+
+def find_unused(messages, tools, text, tokenizer, notes):
+    """Note the keys, and tools, without which the text is the same. ValueError: so are calls."""
+    keys = {key for message in messages for key in message} - {"role", "content"}
+    for key in sorted(keys | ({"tools"} if tools else set())):
+        fewer = [{k: v for k, v in message.items() if k != key} for message in messages]
+        try:
+            same = render(tokenizer, fewer, True, tools if key != "tools" else None) == text
+        except ValueError:
+            continue
+        if same and key == "tool_calls":
+            raise ValueError("the chat template writes no tool_calls")
+        if same:
+            notes[f"rows with {key!r} that is not used by the chat template"] += 1
+
+def tokenize(tokenizer, texts):
+    """{text: (token ids, where each ends in the text)}"""
+    found = tokenizer(texts, add_special_tokens=False).encodings if texts else []
+    return {text: (e.ids, [end for _, end in e.offsets]) for text, e in zip(texts, found)}
+
+def encode(rows, tokenizer, max_length, label_column=None, stops=(), first=0):
+    """(examples {"input_ids", "answer": where it starts, "length", "label", "row": its number},
+    notes). An answer ends with its last eos, or another of `stops`, or else eos is added."""
+    notes, found, examples = Counter(), [], []
     for number, row in enumerate(rows, start=first):
         try:
-            pairs, label = turns(row, tokenizer), row.get(label_column)
-            if isinstance(label, (dict, list)):
-                raise ValueError(f"{label_column}={label!r} is no label, such as a text")
+            *chat, label = read_chat(row, label_column, notes)
+            found += [(*turn, label, number) for turn in find_turns(*chat, tokenizer, notes)]
         except ValueError as error:
-            problems[one_line(error, 200)] += 1
+            notes[f"rows left out: {one_line(error, 200)}"] += 1
         except (AttributeError, LookupError, TypeError):
-            problems["no messages with role and content, and no question with an answer"] += 1
+            notes[f"rows left out: {NO_CHAT}"] += 1
+    tokens = tokenize(tokenizer, list(dict.fromkeys(text for text, *_ in found)))
+    eos, special = tokenizer.eos_token_id, set(tokenizer.added_tokens_decoder)
+    for text, start, end, label, number in found:
+        ids, ends = tokens[text]
+        answer, stop = bisect_right(ends, start), bisect_right(ends, end)
+        if end < len(text) and eos not in ids[answer:stop] and not special & {*ids[stop:stop + 1]}:
+            text = text[:end]                            # what follows may have changed its tokens
+            ids, ends = tokenize(tokenizer, [text])[text]
+            answer, stop = bisect_right(ends, start), len(ids)
+        ids = ids[:stop]
+        if eos in ids[answer:]:                          # what follows it is not learnt
+            ids = ids[:len(ids) - ids[::-1].index(eos)]
+        elif not {*stops} & {*ids[answer:]}:
+            ids = [*ids, eos]
+            notes[f"turns without a stop token, to which {tokenizer.eos_token} is added"] += 1
+        if len(ids) > max_length:
+            notes[f"turns left out: longer than {max_length} tokens"] += 1
         else:
-            texts += [text for pair in pairs for text in pair]
-            sources += [(None if label is None else str(label), number)] * len(pairs)
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for prompt, whole, (label, number) in zip(ids[::2], ids[1::2], sources):
-        if tokenizer.eos_token_id in whole[len(prompt):]:            # what follows it is not learnt
-            whole = whole[:len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
-        if whole[:len(prompt)] != prompt or len(whole) == len(prompt):
-            problems["the chat template does not continue its own prompt"] += 1
-        elif len(whole) > max_length:
-            problems[f"longer than {max_length} tokens"] += 1
-        else:                                            # an array: an eighth of a list's memory
-            examples.append(dict(input_ids=array("i", whole), answer=len(prompt), label=label,
+            examples.append(dict(input_ids=ids, answer=answer, length=len(ids), label=label,
                                  row=number))
+    return examples, notes
+
+def encode_batch(batch, numbers, **options):
+    """`encode` for Dataset.map; one more row, of length 0, holds the notes."""
+    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
+    rows = map(parse, batch[LINE]) if LINE in batch else rows
+    examples, notes = encode(rows, first=numbers[0], **options)
+    last = dict(input_ids=[], answer=0, length=0, label=None, row=-1, notes=json.dumps(notes))
+    return {name: [example.get(name) for example in [*examples, last]] for name in COLUMNS}
+
+def encode_all(rows, tokenizer, **options):
+    """All rows encoded, in a memory-mapped Dataset; from the cache if nothing has changed since."""
+    from datasets import Features, Value
+    from datasets.fingerprint import Hasher
+    if not tokenizer.is_fast:
+        raise ValueError("the tokenizer has no tokenizer.json, so tells no offsets: convert it")
+    state = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+             tokenizer.special_tokens_map, transformers.__version__, tokenizers.__version__]
+    types = {name: Value(kind) for name, kind in COLUMNS.items()}
+    types["input_ids"] = [Value("int32")]
+    workers = min(os.cpu_count(), len(rows) // CHUNK)
+    return rows.map(
+        encode_batch, batched=True, batch_size=CHUNK, with_indices=True, desc="reading chats",
+        remove_columns=rows.column_names, features=Features(types),
+        fn_kwargs={"tokenizer": tokenizer, **options}, num_proc=workers if workers > 1 else None,
+        new_fingerprint=Hasher.hash([rows._fingerprint, state, options, digest(__file__)]))
+
+def report(data, n, used, turns, notes, keep_going):
+    """Print what was read of n rows. ValueError: no row is usable, or less than half of them."""
+    print(f"{data}: {n:,} rows, of which {used:,} are learnt, in {turns:,} turns")
+    for note in sorted(+notes):
+        print(f"  {note}: {notes[note]:,}")
+    reasons = "; ".join(note for note, _ in notes.most_common() if "left out" in note)
+    if not turns:
+        raise ValueError(f"no usable row in {data}, of {n:,} rows ({reasons}); {SEE_HELP}")
+    if 2 * used < n and not keep_going:
+        raise ValueError(f"only {used:,} of the {n:,} rows of {data} can be learnt ({reasons}): "
+                         "mend the others, or train without them with --keep-going")
+
+def load_examples(rows, data, tokenizer, keep_going=False, **options):
+    """The examples of all rows, as a Dataset in the order of a permutation of the rows. ValueError:
+    less than half of the rows are usable, or none has a label."""
+    found, order = encode_all(rows, tokenizer, **options), np.empty(len(rows), dtype=int)
+    order[permutation(len(rows), 0)] = np.arange(len(rows))
+    length, row = (found.data.column(name).to_numpy() for name in ("length", "row"))
+    index = np.flatnonzero(length)
+    index = index[np.argsort(order[row[index]], kind="stable")]
+    notes = Counter()
+    for text in found.data.column("notes").take(np.flatnonzero(length == 0)).to_pylist():
+        notes.update(json.loads(text))
+    report(data, len(rows), len(np.unique(row[index])), len(index), notes, keep_going)
+    examples, label = found.remove_columns("notes").select(index), options["label_column"]
+    if label and not any(column(examples, "label")):
+        first = rows[int(row[index[0]])]
+        columns = ", ".join(parse(first[LINE]) if LINE in first else first)
+        raise ValueError(f"no row of {data} has a label in {label!r}, but in {columns}")
     return examples
 
-def load_examples(rows, tokenizer, max_length, label_column, data, most=None):
-    """The examples of all rows, or of `most`, in the order of a permutation. ValueError: none is
-    usable, or none has a label."""
-    order = permutation(len(rows), 0)[:most]
-    problems, examples = Counter(), []
-    for i in tqdm(range(0, len(order), CHUNK * world()), desc="reading chats", disable=rank() > 0):
-        start, wrong = i + CHUNK * rank(), Counter()     # each process encodes a chunk, for all
-        chunk = [rows[j] for j in order[start:start + CHUNK]]
-        made = encode(chunk, tokenizer, max_length, label_column, wrong, first=start)
-        for part, left_out in from_all((made, wrong)):
-            examples += part
-            problems += left_out
-    for problem, count in problems.most_common():
-        print(f"left out {count:,} (of {len(order):,} rows): {problem}")
-    if not examples:
-        reasons = "; ".join(problem for problem, _ in problems.most_common(3)) or "it is empty"
-        raise ValueError(f"no usable row in {data}, of {len(rows):,} rows ({reasons}); "
-                         "`python train.py --help` says what a row looks like")
-    if label_column and all(example["label"] is None for example in examples):
-        columns = ", ".join(next(row for row in rows if isinstance(row, dict)))
-        raise ValueError(f"no row of {data} has a label in {label_column!r}, but in {columns}")
-    return examples
+def column(examples, name):
+    """One value of all examples, without reading the others."""
+    return examples.select_columns(name)[:][name]
 
-def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512):
+def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512, stops=None,
+              keep_going=False):
     """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
     "smoltalk". Held out are `validation`, a tenth of all at most, and no other turn of their chats
-    is learnt. ValueError: no row is usable."""
+    is learnt. `stops` are the ids of tokens, beside eos, that end an answer: one, a list or None.
+    ValueError: no row is usable, or less than half of them and not `keep_going`."""
+    stops = [] if stops is None else np.ravel(stops).tolist()
+    options = dict(max_length=max_length, label_column=label_column, stops=stops)
+    if world() > 1:                                      # the others find the first one's cache
+        from_first(lambda: [encode_all(part, tokenizer, **options)
+                            for part in read_rows(data) if part] and None)
     rows, test = read_rows(data)
-    options = tokenizer, max_length, label_column, data
-    examples = load_examples(rows, *options)
+    examples = load_examples(rows, data, tokenizer, keep_going, **options)
     if test is not None:
-        held_out = load_examples(test, *options, most=validation) if validation else []
-        return examples, held_out[:validation]
+        held_out = load_examples(test, data + " (test)", tokenizer, keep_going, **options)
+        return examples, held_out.select(range(min(validation, len(held_out))))
     n = min(validation, len(examples) // 10)
-    held_out = examples[:n]
-    seen = {example["row"] for example in held_out}
-    return [example for example in examples[n:] if example["row"] not in seen], held_out
+    chats = np.array(column(examples, "row"))
+    learnt = n + np.flatnonzero(~np.isin(chats[n:], chats[:n]))
+    return examples.select(learnt), examples.select(range(n))
 
 @lru_cache(maxsize=4)
 def permutation(n, seed):

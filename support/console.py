@@ -91,13 +91,14 @@ def load_model(folder, **settings):
         return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
 
 def load_tokenizer(name, vocab_size=math.inf):
-    """A tokenizer for chats. ValueError: no template, no eos, or more tokens than the model has."""
+    """A tokenizer for chats. ValueError: no template, no eos, or ids that the model has not."""
     tokenizer = load(AutoTokenizer, name)
     for what in ("chat_template", "eos_token"):
         if getattr(tokenizer, what) is None:
             raise ValueError(f"the tokenizer of {name} has no {what}: take an instruction-tuned LM")
-    if len(tokenizer) > vocab_size:
-        raise ValueError(f"the tokenizer of {name} has {len(tokenizer)} tokens, the model only "
+    highest = max(tokenizer.get_vocab().values())        # ids may have holes
+    if highest >= vocab_size:
+        raise ValueError(f"the tokenizer of {name} has tokens up to id {highest}, the model only "
                          f"{vocab_size}; take the tokens off, or resize the model's embeddings")
     return tokenizer
 

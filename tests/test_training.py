@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -89,22 +90,26 @@ def test_all_processes_begin_with_the_path_of_the_first(whole):
     assert_same(result("drawn")[2], whole[0][2])
 
 
-def test_processes_share_the_encoding_of_chats(whole, monkeypatch):
-    """In chunks of three rows, one of which is of no use, they get the examples of one process, in its order."""
+def test_one_process_encodes_chats_for_all(whole, tmp_path, monkeypatch):
+    """They get the examples of a process alone, in its order; and only the first has encoded any."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     rows = tiny.questions(19, seed=1)
     rows[4] = {"text": "1"}
     Path("more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = tiny.make_tokenizer()
-    monkeypatch.setattr(chats, "CHUNK", 3)
-    expected = chats.load_data("more.jsonl", tokenizer, validation=2)
-    assert [len(part) for part in expected] == [17, 1]
+    def load(n):
+        encode, calls = chats.encode, []
+        chats.encode = lambda *args, **options: calls.append(1) or encode(*args, **options)
+        return [part[:] for part in chats.load_data("more.jsonl", tokenizer, n, validation=2)], len(calls)
 
     def then():
         with processes.processes():
-            Path(f"found-{processes.rank()}").write_text(repr(chats.load_data("more.jsonl", tokenizer, validation=2)))
+            Path(f"found-{processes.rank()}").write_text(repr(load(50)))
         os._exit(0)
     assert [wait(pid) for pid in start_all(3, then=then)] == [0, 0, 0]
-    assert all(Path(f"found-{rank}").read_text() == repr(expected) for rank in range(3))
+    expected, calls = load(51)
+    assert [len(part["input_ids"]) for part in expected] == [17, 1] and calls == 1
+    assert [Path(f"found-{rank}").read_text() == repr((expected, int(rank == 0))) for rank in range(3)] == [True] * 3
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
