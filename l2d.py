@@ -171,7 +171,7 @@ class Context:
 
     def tile(self, n):
         """Every token n times in a row, for n states of it: N becomes N·n. Keys and values stay:
-        more states are more queries."""
+        more states are more queries. (In a mask, the G heads of a query are innermost.)"""
         def tiled(x):
             return x if x is None else x.repeat_interleave(n, dim=1)
         names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
@@ -295,8 +295,10 @@ class DiffusionPath(nn.Module):
         f = rescale(x_t, t, self.config.sigma).to(context.main_hidden.dtype)    # [B, N, d]
         f = self.x_embedder(f)                                                  # [B, N, D]
         for i, block in enumerate(self.blocks):
-            run = recomputed if self.gradient_checkpointing else Block.__call__
-            f = run(block, f, c, context, i)
+            if self.gradient_checkpointing:
+                f = recomputed(block, f, c, context, i)
+            else:
+                f = block(f, c, context, i)
         return (context.main_hidden + weight * f).to(f.dtype)
 
     def forward(self, x_t, t, context):
@@ -322,7 +324,7 @@ def diffusion_losses(path, context, targets):
     loss trains W_v too."""
     address = context.seeds, context.positions
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
-    if path.config.timesteps == "cosmap":           # arXiv:2403.03206, Section 3.1
+    if path.config.timesteps == "cosmap":           # more of t near 0.5; arXiv:2403.03206, 3.1
         t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
     x_0 = initial_noise(path.config, context)                                   # [B, N, d]
     embeddings = context.lm.get_input_embeddings()(targets.clamp(min=0))        # [B, N, D]
@@ -359,20 +361,20 @@ def estimate(path, logits, t, context):
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1, keepdim=True)
-    return table[token[..., 0]] + 0 * value.float()     # 0·NaN is NaN: broken logits stay visible
+    return table[token[..., 0]] + 0 * value.float()     # NaN has an argmax; 0·NaN keeps it visible
 
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
-    [B, N, d]. With guidance, every state is two queries, with its class and without. Mixing their
-    velocities as in Eq. 7 is mixing the two x̂. The logits are those of the class."""
+    [B, N, d]. With guidance, every state is two queries, with its class and then without. Mixing
+    their velocities as in Eq. 7 is mixing the two x̂. The logits are those of the class."""
     w = path.config.guidance
     if w == 1:
         logits = predict(path, x, t, context)
         return logits, estimate(path, logits, t, context)
     both = context.tile(2)
     both.class_ids[:, 1::2] = path.null
-    x, t = (z.expand(*x.shape[:2], -1).repeat_interleave(2, dim=1) for z in (x, t))
-    logits = predict(path, x, t, both)
+    t = t.expand(*x.shape[:2], 1).repeat_interleave(2, dim=1)
+    logits = predict(path, x.repeat_interleave(2, dim=1), t, both)              # [B, 2N, V]
     with_class, without = estimate(path, logits, t, both).unflatten(1, (-1, 2)).unbind(2)
     return logits[:, ::2], w * with_class + (1 - w) * without
 
@@ -421,13 +423,13 @@ def stages(dxdt, x, t, h, tableau, k_1):
     return ks
 
 def solve_fixed(dxdt, x, t_start, t_end, n, tableau):
-    """x at t_end, from x at t_start, in n equal intervals. All states share t: [1, .., 1]."""
+    """x at t_end, from x at t_start, in n equal intervals. All states share the times."""
     h = (t_end - t_start) / n
-    def at(x, t):
+    def shared(x, t):                               # a number as a tensor [1, .., 1]
         return dxdt(x, x.new_full((1,) * x.dim(), t))
     for i in range(n):
         t = t_start + i * h
-        x = x + h * weighted_sum(tableau.b, stages(at, x, t, h, tableau, at(x, t)))
+        x = x + h * weighted_sum(tableau.b, stages(shared, x, t, h, tableau, shared(x, t)))
     return x
 
 def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations):
@@ -435,8 +437,9 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     the t reached [B, N, 1] (below t_end where the evaluations ran out), and those used [B, N]."""
     t = torch.full_like(x[..., :1], t_start)
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
-    k_1, same = dxdt(x, t), tableau.a[-1] == tableau.b[:-1]     # the last k is k_1 of the next
-    cost = len(tableau.c) - same                    # evaluations of a try and a new k_1
+    k_1 = dxdt(x, t)
+    reused = tableau.a[-1] == tableau.b[:-1]        # the last k is taken at x_new: the next k_1
+    cost = len(tableau.c) - reused                  # evaluations of a try and a new k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -444,7 +447,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error over the tolerance, as a root mean square over d, is at most 1.
-        # (NaN is accepted, and the next interval, of length NaN, is the last.)
+        # (NaN passes, and the next interval, of length NaN, goes to t_end.)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
@@ -455,7 +458,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
         factor = (0.9 * error ** (-1 / tableau.order)).clamp(max=10)
         h = h * torch.maximum(factor, torch.where(accept, 1.0, 0.2))
         moved = accept & (t < t_end)                # k_1 of the next interval, where there is one
-        if same:
+        if reused:
             k_1 = torch.where(moved, ks[-1], k_1)
         elif moved.any():
             k_1 = torch.where(moved, dxdt(x, t), k_1)
@@ -464,7 +467,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
-ROWS = 128                              # most states that one pass of the path evaluates
+ROWS = 128                              # a pass of the path drafts up to so many states in all
 
 def end_time(config):
     """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
@@ -483,7 +486,8 @@ def diffuse(path, context, steps=None, observe=None):
     config, tableau = path.config, TABLEAUS[path.config.solver]
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     x = (1 - start) * initial_noise(config, context)
-    size = ROWS // (x[..., 0].numel() * (1 if config.guidance == 1 else 2))
+    size = ROWS // (x[..., 0].numel() * (1 if config.guidance == 1 else 2))     # of one token
+    n = (T - 1) // len(tableau.c)                   # intervals; `check_steps` sees that it divides
 
     def dxdt(x, t):
         logits, x_hat = evaluate(path, x, t, context)
@@ -499,61 +503,63 @@ def diffuse(path, context, steps=None, observe=None):
                                     config.max_evaluations - 1)
         used = used + 1
     elif size < 2 or config.velocity == "expectation" or observe is not None:
-        x = solve_fixed(dxdt, x, start, end, (T - 1) // len(tableau.c), tableau)
+        x = solve_fixed(dxdt, x, start, end, n, tableau)
     else:                               # (with "expectation", x̂ moves all the time)
         return draft_and_check(path, context, x, size, *unroll(config.solver, start, end, T))
     logits = predict(path, x, t, context)           # the answer is of the class, unguided
     if observe is not None:
         observe(x, t, logits)
-    return logits, used, used - int(start == 0)
+    return logits, used, used - int(start == 0)     # at t = 0 the path did not run
 
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
-    """A fixed-step solver as a matrix, [T, T]: state i is row i times (x_0, x̂ of evaluation 0, x̂
-    of evaluation 1, ..). The weights follow from solver and times alone: this runs the solver on
-    unit vectors. Also the times of the T evaluations, [T]. Row i has zeros from the x̂ of
-    evaluation i on, for a state depends on what comes before it."""
-    unit, states, times = torch.eye(steps, dtype=torch.float64), [], []
+    """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. The state
+    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. W follows
+    from solver and times alone: run the solver from 0, with unit vectors as x̂. W_ij is 0 for
+    j >= i, as a state depends on the evaluations before it."""
+    x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
         times.append(t)
-        return velocity(unit[len(states)], x, t)
-    tableau = TABLEAUS[solver]
-    end = solve_fixed(dxdt, unit[0], t_start, t_end, (steps - 1) // len(tableau.c), tableau)
-    times = torch.cat([*times, unit.new_tensor([t_end])])
-    return torch.stack([*states, end]).float(), times.float()
+        return velocity(x_hats[len(states) - 1], x, t)
+    x_0, tableau = torch.zeros_like(x_hats[0]), TABLEAUS[solver]
+    x = solve_fixed(dxdt, x_0, t_start, t_end, (steps - 1) // len(tableau.c), tableau)
+    times.append(x.new_tensor([t_end]))
+    return torch.stack([*states, x]).float(), torch.cat(times).float()
 
 def draft_and_check(path, context, x_0, size, weights, times):
-    """What the loop over the T evaluations returns, in fewer passes of the path, each of at most
+    """What the loop over the T evaluations gives, in fewer passes of the path, each of at most
     `size` states of a token; weights and times are those of `unroll`.
 
-    Draft the x̂ of all evaluations that are not known yet: the last known one stays. Then all states
-    are known, and one pass evaluates them together. A state depends only on the x̂ before it. So up
-    to the first x̂ that differs from its draft, all states are those of the loop, and that x̂ is,
-    too. Keep these, and draft the rest anew. Each pass makes at least one more evaluation known, so
-    there are never more passes than evaluations."""
-    (B, N, _), T = x_0.shape, len(times)
-    weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T + 1)))
-    answer, x_hat = evaluate(path, x_0, times.new_zeros(1, 1, 1), context)      # the LM's own
-    points = torch.stack([x_0] + [x_hat] * T, dim=2)                            # [B, N, T + 1, d]
-    known = (times[0] == 0).long().expand(B, N)         # how many evaluations are
+    Draft what all evaluations will find: the last known x̂. Then all states are known, and a pass
+    evaluates several. A state depends only on the x̂ before it. So up to the first x̂ that is not as
+    drafted, the states were those of the loop; this x̂ is, too, for its state was. Keep these, and
+    draft the rest anew. Every pass makes one more evaluation known at least, so there are never
+    more passes than evaluations. (Sums are rounded in another order, which can turn a near-tie.)"""
+    (B, N, _), T, x_0 = x_0.shape, len(times), x_0[:, :, None]
+    weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T)))
+    answer, x_hat = evaluate(path, x_0[:, :, 0], times.new_zeros(1, 1, 1), context)
+    x_hats = x_hat[:, :, None].expand(B, N, T, -1)          # the first draft: the LM's own token
+    known = (times[0] == 0).long().expand(B, N)             # evaluations done; at t = 0, the first
     passes = torch.zeros_like(known)
     while (n := min(size, T - int(known.min()))) > 0:
-        places = (known[..., None] + index[:n]).clamp(max=T - 1)                # [B, N, n]
-        x = weights[places] @ points[:, :, :T]                                  # [B, N, n, d]
-        found = evaluate(path, x.flatten(1, 2), times[places].flatten(1, 2)[..., None],
-                         context.tile(n))
-        logits, x_hat = (z.unflatten(1, (N, n)) for z in found)
-        right = (x_hat == points.take_along_dim(places[..., None] + 1, dim=2)).all(-1)
-        right = (right | (places == T - 1)).long().cumprod(-1).sum(-1)          # [B, N]
-        new = (right + 1).clamp(max=n).minimum(T - known)   # evaluations that are known now
-        passes += new > 0
-        known = known + new
+        # The next n evaluations of each token, [B, N, n]. (The last one again, if there are fewer.)
+        i = (known[..., None] + index[:n]).clamp(max=T - 1)
+        x = x_0 + weights[i] @ (x_hats - x_0)                                   # [B, N, n, d]
+        logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
+                                 context.tile(n))
+        logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
+        # Those up to the first that is not as drafted, this one included, are known now.
+        same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
+        new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
+        new = new.clamp(max=n).minimum(T - known)
+        known, passes = known + new, passes + (new > 0)
         last = (new - 1).clamp(min=0)[..., None, None]
-        ended = ((new > 0) & (known == T))[..., None]   # the answer is the last evaluation's logits
+        ended = ((new > 0) & (known == T))[..., None]
         answer = torch.where(ended, logits.take_along_dim(last, dim=2)[:, :, 0], answer)
-        stays = index[:, None] >= known[..., None, None]                        # [B, N, T + 1, 1]
-        points = torch.where(stays, x_hat.take_along_dim(last, dim=2), points)
+        # From the last known evaluation on, its x̂ is the draft.
+        later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
+        x_hats = torch.where(later, x_hat.take_along_dim(last, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
 
 # ==== Part II: a causal LM to the rest of the world ===============================================
@@ -945,7 +951,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         T = self.config.steps if steps is None else steps
         check_steps(self.config.solver, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = torch.zeros(1)                      # no noise, so none of torch's numbers either
+            seeds = torch.zeros(1)                      # no noise: torch's generator stays
         keep = self.kept(tokens, logits_to_keep)
         context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
                             class_ids, seeds)

@@ -1517,16 +1517,15 @@ def test_a_pass_has_at_most_so_many_rows_and_at_least_two_states_each(queries):
 def test_a_state_is_a_weighted_sum_of_the_noise_and_the_estimates_before_it(solver, steps):
     weights, times = l2d.unroll(solver, 0.1, 0.9, steps)
     assert weights.shape == (steps, steps) and times.shape == (steps,)
-    assert torch.equal(weights, weights.tril()) and weights[0].tolist() == [1] + [0] * (steps - 1)
-    x_0, estimates, seen = torch.randn(4), torch.randn(steps, 4), []
+    assert torch.equal(weights, weights.tril(-1)) and (weights[1:].sum(1) > 0).all()
+    x_0, x_hats, seen = torch.randn(4), torch.randn(steps, 4), []
     def dxdt(x, t):
         seen.append((x, t))
-        return (estimates[len(seen) - 1] - x) / (1 - t)
+        return (x_hats[len(seen) - 1] - x) / (1 - t)
     n = (steps - 1) // len(TABLEAUS[solver].c)
     end = solve_fixed(dxdt, x_0, 0.1, 0.9, n, TABLEAUS[solver])
     expected = torch.stack([x for x, _ in seen] + [end])
-    found = weights @ torch.cat([x_0[None], estimates[:-1]])
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(x_0 + weights @ (x_hats - x_0), expected, atol=1e-5)
     assert times.tolist() == pytest.approx([t.item() for _, t in seen] + [0.9], abs=1e-7)
 
 
