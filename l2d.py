@@ -514,9 +514,9 @@ def diffuse(path, context, steps=None, observe=None):
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
     """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. The state
-    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. W follows
-    from solver and times alone: run the solver from 0, with unit vectors as x̂. W_ij is 0 for
-    j >= i, as a state depends on the evaluations before it."""
+    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. W
+    follows from solver and times alone: run the solver from 0, with unit vectors as x̂. W_ij is 0
+    for j >= i, as a state depends on the evaluations before it."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -532,9 +532,9 @@ def draft_and_check(path, context, x_0, size, weights, times):
     `size` states of a token; weights and times are those of `unroll`.
 
     Draft what all evaluations will find: the last known x̂. Then all states are known, and a pass
-    evaluates several. A state depends only on the x̂ before it. So up to the first x̂ that is not as
-    drafted, the states were those of the loop; this x̂ is, too, for its state was. Keep these, and
-    draft the rest anew. Every pass makes one more evaluation known at least, so there are never
+    evaluates several. A state depends only on the x̂ before it. So up to the first x̂ that is not
+    as drafted, the states were those of the loop; this x̂ is, too, for its state was. Keep these,
+    and draft the rest anew. Every pass makes one more evaluation known at least, so there are never
     more passes than evaluations. (Sums are rounded in another order, which can turn a near-tie.)"""
     (B, N, _), T, x_0 = x_0.shape, len(times), x_0[:, :, None]
     weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T)))
