@@ -16,12 +16,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from l2d import TABLEAUS, VELOCITIES, diffuse
+from l2d import TABLEAUS, diffuse
 from support import console
 from support.chats import read_file, render
-
-SETTINGS = ("steps", "solver", "velocity", "guidance", "t_start", "dtype")
-EXAMPLES = ["What is 17 times 23?", "Write a haiku about noise.", "Why is the sky blue?"]
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=console.Help)
@@ -34,7 +31,6 @@ def parse_args():
     add = parser.add_argument_group("diffusion").add_argument
     add("--steps", type=int, default=15, help="evaluations of the path per token, T")
     add("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own T")
-    add("--velocity", choices=VELOCITIES, default="argmax", help="what the path moves towards")
     add("--guidance", type=float, default=1.0, metavar="W", help="guidance scale; 1: none")
     add("--t-start", type=float, default=0.0, help="when to start; 0 as in the paper")
     add("--label", help="class of the questions, for a model trained with classes")
@@ -44,13 +40,11 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
-    args = parser.parse_args()
-    console.check_numbers(parser, vars(args), ["max_new_tokens"], ["temperature"])
-    return args
+    console.check_numbers(parser, vars(parser.parse_args()), ["max_new_tokens"], ["temperature"])
+    return parser.parse_args()
 
 def trace(model, tokenizer, input_ids, **which):
-    """Print how the token after input_ids [1, S] comes about: a line for each evaluation. which:
-    seeds and class_ids."""
+    """Print how the token after input_ids [1, S] comes about: a line for each evaluation."""
     print(f"{'n':>4} {'t':>6}  {'most likely':<16}{'probability':>12}{'moved':>9}")
     states = []
     def observe(x_t, t, logits):
@@ -64,26 +58,25 @@ def trace(model, tokenizer, input_ids, **which):
 
 class Session:
     """A model that answers questions, and what each of its tokens has cost."""
-
     def __init__(self, args):
         folder = args.out or console.last_run("config.json", containing='"model_type": "l2d"')
         self.args, self.counts, self.seconds = args, [], 0.0
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        self.model = console.load_model(folder, **settings).to(console.pick_device(args.device))
+        names = ("steps", "solver", "guidance", "t_start", "dtype")
+        self.model = console.load_model(folder, **{name: getattr(args, name) for name in names})
+        self.model.to(console.pick_device(args.device)).register_forward_hook(self.count)
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
         names, self.which = self.model.config.class_names, {}
-        if args.label is not None:
-            if args.label not in names:
-                raise ValueError(f"label {args.label!r} is unknown; this model knows "
-                                 f"{', '.join(names) or 'no classes'}")
+        if args.label in names:
             self.which = {"class_ids": torch.tensor([names.index(args.label)])}
+        elif args.label is not None:
+            known = ", ".join(names) or "no classes"
+            raise ValueError(f"label {args.label!r} is unknown; this model knows {known}")
         # Plain sampling: what the base's own configuration adds (top_p, ..) is not wanted.
         ends = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.model.generation_config = GenerationConfig(
             do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0,
             eos_token_id=sorted(ends), pad_token_id=self.tokenizer.pad_token_id or 0)
-        self.model.register_forward_hook(self.count)
 
     def count(self, model, inputs, output):
         self.counts.append((output.evaluations.item(), output.passes.item()))
@@ -92,43 +85,39 @@ class Session:
         """Print the answer to a chat as it is written, and return it. All its random numbers depend
         on the text and --seed alone, so not on which other questions are asked."""
         args, model, tokenizer = self.args, self.model, self.tokenizer
-        if args.system:
-            messages = [{"role": "system", "content": args.system}, *messages]
-        text = render(tokenizer, messages)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        ids, room = ids.to(model.device), model.base.config.max_position_embeddings - ids.shape[1]
+        system = [{"role": "system", "content": args.system}] if args.system else []
+        text = render(tokenizer, system + messages)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        room = model.base.config.max_position_embeddings - ids.shape[1]
         if room < 1:
-            raise ValueError(f"the chat has {ids.shape[1]} tokens, but the model's context only "
-                             f"{ids.shape[1] + room}: ask a shorter question, or begin anew")
+            raise ValueError(f"the chat is {1 - room} tokens too long for the model: begin anew")
         seed = args.seed << 32 | zlib.crc32(text.encode())
-        which = self.which | {"seeds": torch.tensor([seed])}
+        self.which["seeds"] = torch.tensor([seed])
         if args.trace:
-            trace(model, tokenizer, ids, **which)
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            trace(model, tokenizer, ids.to(model.device), **self.which)
         torch.manual_seed(seed)
-        start = time.perf_counter()
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        start, most = time.perf_counter(), min(args.max_new_tokens, room)
         try:
-            most = min(args.max_new_tokens, room)
-            found = model.generate(ids, streamer=streamer, max_new_tokens=most, **which)
-        except KeyboardInterrupt:
-            streamer.end()                               # it holds back the last word
-            raise
-        finally:
+            found = model.generate(ids.to(model.device), streamer=streamer, max_new_tokens=most,
+                                   **self.which)
+        finally:                                         # at Ctrl-C, too
             self.seconds += time.perf_counter() - start
+            streamer.end()                               # a blank line, and what it holds back
         return tokenizer.decode(found[0, ids.shape[1]:], skip_special_tokens=True)
 
     def summary(self):
         used, passes = torch.tensor(self.counts, dtype=torch.float).mean(0).tolist()
-        solver, n = self.args.solver, len(self.counts)
-        how = solver if TABLEAUS[solver].error else f"T = {self.args.steps}"
+        n, speed = len(self.counts), len(self.counts) / self.seconds
+        how = self.args.solver if TABLEAUS[self.args.solver].error else f"T = {self.args.steps}"
         return (f"{how}: {used:.4g} evaluations in {passes:.2f} passes per token; {n} tokens, "
-                f"{n / self.seconds:.1f} tokens/s on {self.model.device.type}")
+                f"{speed:.1f} tokens/s on {self.model.device.type}")
 
 def questions(args, model):
     """(question, right answer or None): those of --prompt, or nine of the tiny model's."""
     test = Path(model.config.base_model) / "test.jsonl"
     if args.prompt or not test.exists():
-        return [(question, None) for question in args.prompt or EXAMPLES]
+        return [(question, None) for question in args.prompt or ["What is 17 times 23?"]]
     return [[message["content"] for message in row["messages"]] for row in read_file(test)[:9]]
 
 def main():

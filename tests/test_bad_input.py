@@ -342,7 +342,6 @@ SCRIPTS = {                                              # name: (what is spoilt
     "steps 2": (nothing, [*SAMPLE, "--steps", "2"], 1, ["steps=2", "1 and 3"]),
     "steps 1.5": (nothing, [*SAMPLE, "--steps", "1.5"], 2, ["--steps", "1.5"]),
     "unknown solver": (nothing, [*SAMPLE, "--solver", "heun"], 2, ["heun", "midpoint"]),
-    "unknown velocity": (nothing, [*SAMPLE, "--velocity", "mean"], 2, ["mean", "argmax"]),
     "unknown label": (nothing, [*SAMPLE, "--label", "history"], 1, ["'history'", "math, fact, string"]),
     "label without classes": (nothing, [*SAMPLE, "--out", "plain", "--label", "math"], 1, ["'math'", "no classes"]),
     "guidance without classes": (nothing, [*SAMPLE, "--out", "plain", "--guidance", "2"], 1, ["guidance=2.0", "needs classes"]),
