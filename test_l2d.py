@@ -1989,7 +1989,10 @@ def run(script, *args, cwd, code=0):
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The lines of a log, without the times, which are others in every run."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 and line.pop("tokens_per_s") > 0 for line in lines)
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -2021,8 +2024,26 @@ def test_training_reports_what_it_does(trained):
     assert updates[-1]["lr"] == pytest.approx(1e-6)
     validations = [line for line in lines if "val_loss" in line]
     expected = {"val_loss", "t<0.2", "accuracy_T1", "accuracy_T15"}
-    assert len(validations) == 2 and len(lines) == 10
+    assert [line["step"] for line in validations] == [0, 4, 8] and len(lines) == 11
     assert all(expected <= line.keys() for line in validations)
+    assert [line["epoch"] for line in updates] == [n * 8 / 54 for n in range(1, 9)]
+
+
+def test_each_validation_shows_three_answers(trained):
+    """With their questions, on the screen and in the log. The path begins as the base, whose greedy answer that at step 0 is."""
+    folder, output = trained
+    data = train_script.chats.load_data(str(folder / "chats.jsonl"), tiny.make_tokenizer(), validation=6)[1]
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "base"), tiny.make_tokenizer()
+    first, *others = [line["answers"] for line in log(folder / "whole") if "val_loss" in line]
+    for shown, example in zip(first, data[:3], strict=True):
+        begin, ids = example["answer"], example["input_ids"].tolist()
+        made = base.generate(torch.tensor([ids[:begin]]), do_sample=False, max_new_tokens=len(ids) - begin,
+                             eos_token_id=tokenizer.eos_token_id)[0, begin:]
+        assert shown == {"question": tokenizer.decode(ids[:begin], skip_special_tokens=True),
+                         "right": tokenizer.decode(ids[begin:-1]),
+                         "answer": tokenizer.decode(made, skip_special_tokens=True)}
+        assert f"> {shown['question']}    (right: {shown['right']})" in output
+    assert [len(answers) for answers in others] == [3, 3]
 
 
 TRAINING = dict(batch_size=3, micro_batch_size=2, seed=0, clip=0.05, lr=0.5, min_lr=0.1,
@@ -2036,7 +2057,7 @@ def test_an_update_is_clipped_and_goes_as_far_as_the_learning_rate_of_its_step()
     optimizer = torch.optim.SGD(parameters, lr=9.0)      # its steps are as long as the gradient
     for step, lr in enumerate((0.25, 0.5, 0.5, 0.3, 0.1)):
         before = [p.detach().clone() for p in parameters]
-        line = train_script.update(step, model, optimizer, data, args, 0)
+        line = train_script.update(step, model, optimizer, data, args)
         squares = [(p - q).double().pow(2).sum() for p, q in zip(parameters, before)]
         assert line["grad_norm"] > args.clip and line["lr"] == pytest.approx(lr)
         assert sum(squares).sqrt().item() == pytest.approx(lr * args.clip, rel=1e-2)
@@ -2049,7 +2070,7 @@ def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own
     monkeypatch.setattr(train_script, "micro_batches",
                         lambda batch, *rest: batches.append(batch) or cut(batch, *rest))
     for step in range(4):
-        train_script.update(step, model, optimizer, data, SimpleNamespace(**TRAINING), 0)
+        train_script.update(step, model, optimizer, data, SimpleNamespace(**TRAINING))
     epochs = [[e["input_ids"][0] for e, _ in batches[i] + batches[i + 1]] for i in (0, 2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6)) and epochs[0] != epochs[1]
     assert len({seed for batch in batches for _, seed in batch}) == 12
@@ -2057,11 +2078,13 @@ def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own
 
 def test_the_trial_of_the_largest_micro_batch_takes_the_place_of_the_optimizer_too(monkeypatch):
     model, made, empty_like = tiny_l2d().train(), [], torch.empty_like
-    parameters, n = list(model.path.parameters()), model.num_parameters(only_trainable=True)
-    data = [{"input_ids": [1] * n, "answer": 1, "label": None} for n in (3, 9, 5)]
+    n, seen, forward = model.num_parameters(only_trainable=True), [], model.forward
     monkeypatch.setattr(torch, "empty_like", lambda p: made.append(p.numel()) or empty_like(p))
-    train_script.try_largest(data, model, SimpleNamespace(**TRAINING), 0, room=parameters)
-    assert sum(made) == 2 * n and all(p.grad is not None for p in parameters)
+    monkeypatch.setattr(model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
+    train_script.try_largest(model, SimpleNamespace(**TRAINING), 9)
+    assert sum(made) == 2 * n and all(p.grad is None for p in model.path.parameters())
+    (labels,) = [inputs["labels"] for inputs in seen]
+    assert labels.shape == (2, 9) and (labels != -100).sum() == 2 * 8
 
 
 def test_the_last_run_is_a_whole_one(tmp_path, monkeypatch):

@@ -5,10 +5,11 @@ import errno
 import json
 import math
 import os
+import socket
 import sys
 import textwrap
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -157,6 +158,51 @@ def load_tensors(file):
         pass
     raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at step 0")
 
+def lock(file):
+    """OSError: another process has locked the open file. The system unlocks it when we end."""
+    if os.name == "nt":
+        import msvcrt
+        file.seek(2**20)                                 # beyond the text, which others read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+@contextmanager
+def claimed(folder):
+    """Around all that is written into a folder: it has one writer. The claim is a lock on the file
+    FOLDER/claim. The system takes locks back however a process ends, so a claim that kill -9 left
+    is nobody's. NFS locks hold between machines; where the file system has none, a warning is all.
+    ValueError: it is claimed; names the process and its machine."""
+    file, new = Path(folder) / "claim", not os.path.exists(folder)
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        claim = open(file, "a+", encoding="utf-8")
+        try:
+            lock(claim)
+        except (BlockingIOError, PermissionError):
+            claim.seek(0)
+            raise ValueError(f"{folder} is in use by {claim.read() or 'another process'}: wait for "
+                             "its end, or name another folder with --out") from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({one_line(error)}): let no other run write there")
+        with suppress(OSError):                          # else its owner has just removed it
+            if os.path.samestat(os.stat(file), os.fstat(claim.fileno())):
+                break
+        claim.close()
+    claim.truncate(0)
+    claim.write(f"process {os.getpid()} on {socket.gethostname()}")
+    claim.flush()
+    try:
+        yield
+    finally:
+        with suppress(OSError):                          # (Windows keeps files that are open)
+            file.unlink()
+        claim.close()
+        with suppress(OSError):                          # it holds something
+            if new:
+                os.rmdir(folder)
+
 def last_run(filename, containing=""):
     """The folder in out/ whose text file `filename`, with `containing` in it, is the newest. What
     was still being made when a run was killed (NAME.making) is none."""
@@ -167,9 +213,9 @@ def last_run(filename, containing=""):
     return max(found, key=os.path.getmtime).parent
 
 def check_out(out, resume):
-    """ValueError: the output folder is a file, or holds a run that is not to be resumed."""
-    if os.path.isfile(out) or not resume and os.path.exists(f"{out}/args.json"):
-        raise ValueError(f"{out} already holds a run, or is a file: --resume, or name a new folder")
+    """ValueError: the output folder holds a run that is not to be resumed."""
+    if not resume and os.path.exists(f"{out}/args.json"):
+        raise ValueError(f"{out} already holds a run: --resume, or name a new folder with --out")
 
 def load_options(folder, names):
     """The options of a run. ValueError: there is none, or they are not `names`."""
@@ -183,6 +229,13 @@ def load_options(folder, names):
     if options.keys() != names:
         raise ValueError(f"{file} is damaged, or of another script: put back a copy or start anew")
     return options
+
+def summary(line):
+    """A validation's line of the log, to be read: its figures, then questions and answers."""
+    figures = {name: round(value, 3) for name, value in line.items() if name != "answers"}
+    texts = [f"> {one_line(a['question'], 99)}    (right: {one_line(a['right'], 99)})\n"
+             f"{one_line(a['answer'], 99)}" for a in line["answers"]]
+    return "\n".join([", ".join(f"{name} {value}" for name, value in figures.items()), *texts])
 
 def prepare_out(args, tokenizer, log_size):
     """The output folder: options, tokenizer, and the log as long as at the last checkpoint."""
