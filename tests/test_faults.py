@@ -61,7 +61,7 @@ def start(*args, before=lambda: None, file="output", script="train"):
         runpy.run_module(script, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else print(end.code) or 1
+        code = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
     except BaseException:
         import traceback
         traceback.print_exc()
