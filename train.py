@@ -112,7 +112,7 @@ def build(args, make_model):
     lm = console.load(AutoConfig, args.model)
     path_config(args).check_base(lm)
     tokenizer = console.load_tokenizer(args.model, lm.vocab_size)
-    from_first(lambda: read_checkpoint(args))
+    from_first(lambda: bool(read_checkpoint(args)))      # all others read it when it is needed
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     base = console.load_base(args.model, dtype=getattr(torch, dtype))
     if base.num_parameters() < 10_000_000:
@@ -239,23 +239,20 @@ def score(model, inputs):
         hits[T] = (logits.argmax(-1) == targets)[keep].float()
     return *token_losses(model.path, context, targets), hits
 
-@torch.no_grad()
 def answer(model, example, tokenizer):
-    """The model's answer to the prompt of an example, as long as the right one, 48 tokens at most:
-    {"question": the end of it, "right": .., "answer": ..}."""
-    ids, begin = example["input_ids"], example["answer"]
-    inputs = collate([(example, 0)], model)
-    prompt, rows = inputs["input_ids"][:, :begin], {}
-    for name in ("seeds", "class_ids"):
-        if name in inputs and isinstance(model, L2D):
-            rows[name] = inputs[name]
-    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                          max_new_tokens=min(48, len(ids) - begin), **rows,
-                          pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+    """What the model answers to the prompt of an example, with 48 tokens at most: {"question": the
+    end of the prompt, "right": .., "answer": ..}."""
+    ids, begin, inputs = example["input_ids"], example["answer"], collate([(example, 0)], model)
+    rows = {name: inputs[name] for name in ("seeds", "class_ids") if name in inputs}
+    end = tokenizer.eos_token_id
+    made = model.generate(inputs["input_ids"][:, :begin], do_sample=False, eos_token_id=end,
+                          max_new_tokens=min(48, len(ids) - begin), pad_token_id=end,
+                          attention_mask=inputs["attention_mask"][:, :begin], **rows)
     texts = {"question": ids[max(0, begin - 48):begin], "right": ids[begin:begin + 48],
              "answer": made[0, begin:].tolist()}
     return {name: tokenizer.decode(text, skip_special_tokens=True) for name, text in texts.items()}
 
+@torch.no_grad()
 def validate(model, data, args, tokenizer, score):
     """The loss, also in five bands of t, how often the most likely token is right, and answers."""
     model.eval()
@@ -269,8 +266,7 @@ def validate(model, data, args, tokenizer, score):
     result = {"examples": len(data) // world() * world(), "val_loss": processes.mean(losses)}
     result |= {f"t<{(i + 1) / 5:.1f}": processes.mean(losses[bands == i]) for i in range(5)}
     for T in hits[0]:
-        right = torch.cat([found[T] for found in hits])
-        result[f"accuracy_T{T}"] = processes.mean(right)
+        result[f"accuracy_T{T}"] = processes.mean(torch.cat([right[T] for right in hits]))
     result = {name: value for name, value in result.items() if not math.isnan(value)}
     return result | {"answers": answers}
 
@@ -323,12 +319,10 @@ def finish(model, args, kind):
 
 def measured(start, tokens, step, data, args):
     """What every line of the log has: epoch, seconds since start, tokens/s, on a GPU its memory."""
-    seconds = time.perf_counter() - start
-    line = dict(epoch=step * args.batch_size / len(data), seconds=seconds,
+    seconds, memory = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
+    line = dict(epoch=step * args.batch_size / len(data), seconds=seconds, memory_gb=memory,
                 tokens_per_s=tokens / seconds)
-    if torch.cuda.is_available():
-        line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return line
+    return {name: value for name, value in line.items() if value or name != "memory_gb"}
 
 def train(args, make_model=make_path, kind="l2d", score=score):
     """Train what make_model(args, base, class_names) makes and save it, in a folder named after

@@ -108,9 +108,9 @@ class Finetuned(nn.Module):
         losses = self.losses_of(self.hidden(keep, input_ids, attention_mask), targets)
         return CausalLMOutputWithPast(loss=losses.sum() / num_items_in_batch)
 
-    def generate(self, *args, **kwargs):
+    def generate(self, input_ids, seeds=None, class_ids=None, **options):
         with self.autocast():
-            return self.base.generate(*args, **kwargs)
+            return self.base.generate(input_ids, **options)
 
     @torch.no_grad()
     def load_path(self, tensors):
