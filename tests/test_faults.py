@@ -55,7 +55,7 @@ def start(*args, before=lambda: None, file="output", script="train"):
         os.dup2(log, 1), os.dup2(log, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
         tqdm.set_lock(threading.RLock())                 # its own lock is shared with forks, and one may die holding it
-        signal.alarm(60)
+        signal.alarm(180)
         before()
         sys.argv = [script, *map(str, args)]
         runpy.run_module(script, run_name="__main__", alter_sys=True)
