@@ -142,7 +142,8 @@ class DiffusionVocabulary(nn.Module):
 
     def forward(self, embeddings):                                    # [.., D] -> float32 [.., d]
         z = self.proj(embeddings.float())
-        return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1)
+        # eps: an embedding of zeros, such as a pad's, would have a gradient without bound.
+        return math.sqrt(z.shape[-1]) * F.normalize(z, dim=-1, eps=1e-3)
 
 def rescale(x_t, t, sigma):
     """x_t over its standard deviation, so that the path sees unit variance at every t."""

@@ -14,6 +14,7 @@ import json
 import math
 import ntpath
 import os
+import random
 import re
 import shutil
 import signal
@@ -1916,7 +1917,10 @@ def run(script, *args, cwd, code=0):
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    """The lines of a log, without the times, which are others in every run."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 and line.pop("tokens_per_s") > 0 for line in lines)
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -1950,8 +1954,26 @@ def test_training_reports_what_it_does(trained):
     assert updates[-1]["lr"] == pytest.approx(1e-6)
     validations = [line for line in lines if "val_loss" in line]
     expected = {"val_loss", "t<0.2", "accuracy_T1", "accuracy_T15"}
-    assert len(validations) == 2 and len(lines) == 10
+    assert [line["step"] for line in validations] == [0, 4, 8] and len(lines) == 11
     assert all(expected <= line.keys() for line in validations)
+    assert [line["epoch"] for line in updates] == [n * 8 / 54 for n in range(1, 9)]
+
+
+def test_each_validation_shows_three_answers(trained):
+    """With their questions, on the screen and in the log. The path begins as the base, whose greedy answer that at step 0 is."""
+    folder, output = trained
+    data = train_script.chats.load_data(str(folder / "chats.jsonl"), tiny.make_tokenizer(), validation=6)[1]
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "base"), tiny.make_tokenizer()
+    first, *others = [line["answers"] for line in log(folder / "whole") if "val_loss" in line]
+    for shown, example in zip(first, data[:3], strict=True):
+        begin, ids = example["answer"], example["input_ids"].tolist()
+        made = base.generate(torch.tensor([ids[:begin]]), do_sample=False, max_new_tokens=len(ids) - begin,
+                             eos_token_id=tokenizer.eos_token_id)[0, begin:]
+        assert shown == {"question": tokenizer.decode(ids[:begin], skip_special_tokens=True),
+                         "right": tokenizer.decode(ids[begin:-1]),
+                         "answer": tokenizer.decode(made, skip_special_tokens=True)}
+        assert f"> {shown['question']}    (right: {shown['right']})" in output
+    assert [len(answers) for answers in others] == [3, 3]
 
 
 TRAINING = dict(batch_size=3, micro_batch_size=2, seed=0, clip=0.05, lr=0.5, min_lr=0.1,
@@ -1965,7 +1987,7 @@ def test_an_update_is_clipped_and_goes_as_far_as_the_learning_rate_of_its_step()
     optimizer = torch.optim.SGD(parameters, lr=9.0)      # its steps are as long as the gradient
     for step, lr in enumerate((0.25, 0.5, 0.5, 0.3, 0.1)):
         before = [p.detach().clone() for p in parameters]
-        line = train_script.update(step, model, optimizer, data, args, 0)
+        line = train_script.update(step, model, optimizer, data, args)
         squares = [(p - q).double().pow(2).sum() for p, q in zip(parameters, before)]
         assert line["grad_norm"] > args.clip and line["lr"] == pytest.approx(lr)
         assert sum(squares).sqrt().item() == pytest.approx(lr * args.clip, rel=1e-2)
@@ -1978,19 +2000,109 @@ def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own
     monkeypatch.setattr(train_script, "micro_batches",
                         lambda batch, *rest: batches.append(batch) or cut(batch, *rest))
     for step in range(4):
-        train_script.update(step, model, optimizer, data, SimpleNamespace(**TRAINING), 0)
+        train_script.update(step, model, optimizer, data, SimpleNamespace(**TRAINING))
     epochs = [[e["input_ids"][0] for e, _ in batches[i] + batches[i + 1]] for i in (0, 2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(6)) and epochs[0] != epochs[1]
     assert len({seed for batch in batches for _, seed in batch}) == 12
 
 
+def smoltalk_like(rng):
+    """(tokens, answer's start) of an example: log-normal lengths, as long as 2,048; one turn of up to three."""
+    length = lambda median, spread: max(4, int(rng.lognormvariate(math.log(median), spread)))
+    prompt, answer = length(100, 0.6), length(400, 0.6)
+    for _ in range(rng.randrange(3)):
+        prompt += length(430, 0.6) + length(40, 0.6)
+    return (prompt + answer, prompt) if prompt + answer <= 2048 else smoltalk_like(rng)
+
+
+@pytest.mark.parametrize("world, before", [(1, 0.80), (2, 0.75), (8, 0.5)])
+def test_nine_tenths_of_the_work_are_useful(monkeypatch, world, before):
+    """Work as a GPU has it: the base costs 1 for each token, the path 2.2 for each token of the answer, padding included,
+    and all processes wait for the slowest. `before`: what [rank::world] of a sorted batch, 4 at a time, stays under."""
+    monkeypatch.setattr(train_script.processes, "world", lambda: world)
+    rng, useful, spent, spent_before = random.Random(0), 0, 0, 0
+
+    def work(part):
+        lengths = [(len(e["input_ids"]), len(e["input_ids"]) - e["answer"]) for e, _ in part]
+        return len(part) * (max(n for n, _ in lengths) + 2.2 * max(a for _, a in lengths))
+    for _ in range(50):
+        batch = [({"input_ids": range(n), "answer": answer}, i)
+                 for i, (n, answer) in enumerate(smoltalk_like(rng) for _ in range(32))]
+        one = lambda pair: train_script.cost([pair])
+        shares = train_script.processes.shares(batch, one)
+        assert sorted(i for share in shares for _, i in share) == list(range(32))
+        cuts = [train_script.cut(share, 4) for share in shares]
+        assert all(len(part) <= 4 for cut in cuts for part in cut)
+        useful += sum(work([pair]) for pair in batch)
+        spent += world * max(sum(map(work, cut)) for cut in cuts)
+        old = [sorted(batch, key=one)[rank::world] for rank in range(world)]
+        spent_before += world * max(sum(work(share[i:i + 4]) for i in range(0, len(share), 4))
+                                    for share in old)
+    print(f"{world} processes: {useful / spent:.1%} useful, {useful / spent_before:.1%} before")
+    assert useful / spent >= 0.9 and useful / spent_before < before
+
+
+def test_every_process_makes_as_many_micro_batches(monkeypatch):
+    """--shard needs it: all take part whenever one of them runs a layer of the base."""
+    model, counts = tiny_l2d(), []
+    lengths = [9, 9, 9, 9, 2, 4, 8, 16]                  # of the first process all are alike
+    batch = [({"input_ids": [1] * n, "answer": 1, "label": None}, i) for i, n in enumerate(lengths)]
+    monkeypatch.setattr(train_script.processes, "world", lambda: 2)
+    monkeypatch.setattr(train_script.processes, "shares", lambda batch, cost: [batch[:4], batch[4:]])
+    for rank in range(2):
+        monkeypatch.setattr(train_script, "rank", lambda: rank)
+        parts = list(train_script.micro_batches(batch, SimpleNamespace(micro_batch_size=4), model))
+        seeds = sorted(seed for part in parts for seed in part["seeds"].tolist())
+        counts.append(len(parts))
+        assert seeds == list(range(4 * rank, 4 * rank + 4))
+    assert counts == [4, 4]
+
+
+def test_the_base_runs_once_for_all_that_validation_wants(monkeypatch):
+    model, runs, run_base = tiny_l2d(), [], L2D.run_base
+    monkeypatch.setattr(L2D, "run_base", lambda *args: runs.append(1) or run_base(*args))
+    example = {"input_ids": [5, 6, 7, 8, 9], "answer": 2, "label": "code"}
+    inputs = train_script.collate([(example, 3), (example | {"input_ids": [5, 6, 7]}, 4)], model)
+    losses, times, hits = train_script.score(model, inputs)
+    assert len(runs) == 1 and times.shape == losses.shape == (4,)
+    assert torch.equal(losses, model.token_losses(**inputs)[0])
+    labels = inputs.pop("labels")[:, 1:]
+    keep = F.pad(labels != -100, (0, 1))
+    for T, found in hits.items():
+        tokens = model(**inputs, steps=T, logits_to_keep=keep).logits.argmax(-1)
+        assert torch.equal(found, (tokens == labels[labels != -100]).float())
+
+
+def test_a_target_whose_embedding_is_zero_has_a_gradient_that_is_bounded():
+    """A pad that is the end token, in a base with random weights, has one. Then z is b_v, which begins as 0."""
+    vocabulary, u = l2d.DiffusionVocabulary(8, 4), torch.tensor([1.0, -2.0, 0.0, 3.0])
+    torch.nn.init.zeros_(vocabulary.proj.bias)
+    x_1 = vocabulary(torch.zeros(8))
+    (x_1 * u).sum().backward()
+    torch.testing.assert_close(vocabulary.proj.bias.grad, 2 / 1e-3 * u)      # sqrt(d) / eps
+    e = torch.randn(5, 8)
+    z = e.double() @ vocabulary.proj.weight.T.double()
+    torch.testing.assert_close(vocabulary(e).double(), 2 * z / z.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("error, text", [
+    (lambda: torch.empty(10**14), "out of memory: another 400,000.0 GB do not fit: use a smaller --micro-batch-size"),
+    (lambda: bytearray(10**17), "use a smaller --micro-batch-size")])
+def test_too_little_memory_on_a_cpu_is_told_in_plain_words(error, text):
+    with pytest.raises(SystemExit) as stopped, console.console("train.py"):
+        error()
+    assert text in str(stopped.value) and "DefaultCPU" not in str(stopped.value)
+
+
 def test_the_trial_of_the_largest_micro_batch_takes_the_place_of_the_optimizer_too(monkeypatch):
     model, made, empty_like = tiny_l2d().train(), [], torch.empty_like
-    parameters, n = list(model.path.parameters()), model.num_parameters(only_trainable=True)
-    data = [{"input_ids": [1] * n, "answer": 1, "label": None} for n in (3, 9, 5)]
+    n, seen, forward = model.num_parameters(only_trainable=True), [], model.forward
     monkeypatch.setattr(torch, "empty_like", lambda p: made.append(p.numel()) or empty_like(p))
-    train_script.try_largest(data, model, SimpleNamespace(**TRAINING), 0, room=parameters)
-    assert sum(made) == 2 * n and all(p.grad is not None for p in parameters)
+    monkeypatch.setattr(model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
+    train_script.try_largest(model, SimpleNamespace(**TRAINING), 9)
+    assert sum(made) == 2 * n and all(p.grad is None for p in model.path.parameters())
+    (labels,) = [inputs["labels"] for inputs in seen]
+    assert labels.shape == (2, 9) and (labels != -100).sum() == 2 * 8
 
 
 def test_the_last_run_is_a_whole_one(tmp_path, monkeypatch):

@@ -13,22 +13,21 @@ Every assistant turn is an example, learnt after what precedes it, unless it has
 """
 
 import argparse
-import heapq
 import json
 import math
 import os
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from l2d import IGNORE, PATHS, TIMESTEPS, L2D, L2DConfig
+from l2d import IGNORE, PATHS, TIMESTEPS, L2D, L2DConfig, diffuse, diffusion_losses
 from support import chats, console, processes, tiny
 from support.processes import from_first, rank, world
 
@@ -100,17 +99,6 @@ def parse_args(parser):
                  "clip", "eval_every", "save_every"))
     return args
 
-def fill_in(args, kind):
-    """A copy of args with what they leave open. ValueError: they do not fit folder or processes."""
-    processes.check_processes(args)
-    args, resume = argparse.Namespace(**vars(args)), args.resume
-    args.device, args.resume = console.pick_device(args.device), False
-    args.model = args.model or from_first(lambda: tiny.prepare(args.seed))
-    args.data = args.data or f"{args.model}/train.jsonl"
-    args.out = args.out or f"out/{os.path.basename(os.path.normpath(args.model))}-{kind}"
-    console.check_out(args.out, resume)
-    return args
-
 def path_config(args, class_names=()):
     settings = {name: getattr(args, name) for name in SETTINGS}
     return L2DConfig(base_model=args.model, class_names=class_names, **settings)
@@ -121,51 +109,94 @@ def make_path(args, base, class_names):
     return model
 
 def build(args, make_model):
-    """(model, tokenizer, training examples, held-out examples). Wrong options are found before the
-    data are read, which may take long."""
+    """(model, tokenizer, training examples, held-out examples). Whatever may be wrong with options,
+    base, checkpoint and memory shows before the chats are read, which may take long."""
     lm = console.load(AutoConfig, args.model)
     path_config(args).check_base(lm)
     tokenizer = console.load_tokenizer(args.model, lm.vocab_size)
-    max_length = min(args.max_length, lm.max_position_embeddings)
-    data, held_out = chats.load_data(args.data, tokenizer, max_length, args.label_column,
-                                     args.validation, lm.eos_token_id, args.keep_going)
+    from_first(lambda: bool(read_checkpoint(args)))      # all others read it when it is needed
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     base = console.load_base(args.model, dtype=getattr(torch, dtype))
     if base.num_parameters() < 10_000_000:
         torch.set_num_threads(1)                         # more would only wait for each other
     if args.shard:
         base = processes.sharded(base, args.device)
-    torch.manual_seed(args.seed)
-    labels = sorted({*chats.column(data, "label")} - {None})
-    return make_model(args, base.to(args.device), labels), tokenizer, data, held_out
+    base = base.to(args.device)
 
-def cost(pair):
-    """About what an (example, seed) costs: a token of the answer 3 times one of the prompt."""
-    return 3 * len(pair[0]["input_ids"]) - 2 * pair[0]["answer"]
+    def make(class_names=()):
+        torch.manual_seed(args.seed)
+        return make_model(args, base, class_names)
+    model, max_length = make(), min(args.max_length, lm.max_position_embeddings)
+    try_largest(model, args, max_length)
+    data, held_out = chats.load_data(
+        args.data, tokenizer, max_length, args.label_column, args.validation,
+        base.generation_config.eos_token_id, args.keep_going)
+    class_names = sorted({*chats.column(data, "label")} - {None})
+    if class_names and isinstance(model, L2D):
+        model = make(class_names)
+    return model, tokenizer, data, held_out
 
-def micro_batches(batch, args, pad, model):
-    """This process' share of (example, seed) pairs as the model's inputs, --micro-batch-size at a
-    time. They are sorted by cost, against padding."""
-    batch, names = processes.share(sorted(batch, key=cost)), model.config.class_names
-    for i in range(0, len(batch), args.micro_batch_size):
-        examples, seeds = zip(*batch[i:i + args.micro_batch_size])
-        width = max(len(e["input_ids"]) for e in examples)
-        if model.device.type == "cuda":                  # attention copies masks of other widths
-            width += -width % 16
-        ids = torch.full((len(examples), width), pad)
-        labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-        for row, e in enumerate(examples):
-            n = len(e["input_ids"])
-            ids[row, :n], mask[row, :n] = torch.tensor(e["input_ids"]), 1
-            labels[row, e["answer"]:n] = ids[row, e["answer"]:n]
-        inputs = dict(input_ids=ids, labels=labels, attention_mask=mask, seeds=torch.tensor(seeds))
-        if names:                                        # the last number: none of these
-            numbers = {name: number for number, name in enumerate(names)}
-            found = [numbers.get(e["label"], len(names)) for e in examples]
-            inputs["class_ids"] = torch.tensor(found)
-        yield {name: tensor.to(model.device) for name, tensor in inputs.items()}
+def try_largest(model, args, max_length):
+    """A pass over the largest micro-batch there can be: if it does not fit into memory, that shows
+    now. AdamW's state, two numbers for each parameter, has its place set aside meanwhile."""
+    example = {"input_ids": [0] * max_length, "answer": 1, "label": None}
+    n, parameters = min(args.micro_batch_size, args.batch_size // world()), model.path.parameters()
+    state = [torch.empty_like(p) for p in parameters for _ in range(2)]
+    inputs = collate([(example, seed) for seed in range(n)], model)
+    model(**inputs, num_items_in_batch=1).loss.backward()
+    model.zero_grad()
+    state.clear()
 
-def update(step, model, optimizer, data, args, pad):
+def cost(pairs):
+    """About what a micro-batch of (example, seed) pairs costs, its padding included: a token of an
+    answer costs 3 times one of a prompt."""
+    lengths = [len(example["input_ids"]) for example, _ in pairs]
+    answers = [n - example["answer"] for n, (example, _) in zip(lengths, pairs)]
+    return len(pairs) * (max(lengths) + 2 * max(answers))
+
+def cut(pairs, most):
+    """Pairs as micro-batches of similar lengths: `most` in each, fewer where padding would be more
+    than a tenth of the cost."""
+    found = []
+    for pair in sorted(pairs, key=lambda pair: cost([pair]), reverse=True):
+        longer = [*found[-1], pair] if found else []
+        if 0 < len(longer) <= most and cost(longer) <= 1.1 * sum(cost([p]) for p in longer):
+            found[-1] = longer
+        else:
+            found.append([pair])
+    return found
+
+def micro_batches(batch, args, model):
+    """This process' share of (example, seed) pairs as the model's inputs, some at a time."""
+    shares = processes.shares(batch, cost=lambda pair: cost([pair]))
+    cuts = [cut(share, args.micro_batch_size) for share in shares]
+    mine, most = cuts[rank()], max(map(len, cuts))
+    while len(mine) < most:                              # --shard: as many in every process
+        largest = mine.pop(max(range(len(mine)), key=lambda i: len(mine[i])))
+        mine += [largest[:1], largest[1:]]
+    for pairs in mine:
+        yield collate(pairs, model)
+
+def collate(pairs, model):
+    """(example, seed) pairs, padded on the right, as the model's inputs."""
+    examples, seeds = zip(*pairs)
+    width = max(len(e["input_ids"]) for e in examples)
+    if model.device.type == "cuda":                      # attention copies masks of other widths
+        width += -width % 16
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+    for row, e in enumerate(examples):
+        n = len(e["input_ids"])
+        ids[row, :n], mask[row, :n] = torch.tensor(e["input_ids"]), 1
+        labels[row, e["answer"]:n] = ids[row, e["answer"]:n]
+    inputs = dict(input_ids=ids, labels=labels, attention_mask=mask, seeds=torch.tensor(seeds))
+    if names := model.config.class_names:                # the last number: none of these
+        numbers = {name: number for number, name in enumerate(names)}
+        found = [numbers.get(e["label"], len(names)) for e in examples]
+        inputs["class_ids"] = torch.tensor(found)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+def update(step, model, optimizer, data, args):
     """One update by the mean loss over the answer tokens of a batch; returns its line of the log.
     Its examples and noise follow from (seed, step) alone, whatever was done before."""
     batch = []
@@ -176,7 +207,7 @@ def update(step, model, optimizer, data, args, pad):
     tokens = sum(len(e["input_ids"]) for e, _ in batch)
     answers = tokens - sum(e["answer"] for e, _ in batch)
     loss, parameters = torch.zeros((), device=model.device), list(model.path.parameters())
-    for inputs in micro_batches(batch, args, pad, model):
+    for inputs in micro_batches(batch, args, model):
         part = model(**inputs, num_items_in_batch=answers).loss
         part.backward()
         loss += part.detach()
@@ -201,25 +232,46 @@ def learning_rate(step, args):
     return args.lr + done * (args.min_lr - args.lr)
 
 @torch.no_grad()
-def validate(model, data, args, pad, accuracies):
-    """The loss, also in five bands of t, and for each T of `accuracies` how often the most likely
-    token is right, given the right ones before it."""
-    found, hits = [], {T: [] for T in accuracies}
+def score(model, inputs):
+    """Of the answer tokens of a batch: losses [M], times [M], and {T: whether the most likely token
+    is right [M], given the right ones before it}. The base runs once, for all of it."""
+    context, targets = model.read_labelled(**inputs)
+    keep, hits = targets != IGNORE, {}
+    for T in (1, 15):
+        logits, _, _ = diffuse(model.current_path(), context, T)
+        hits[T] = (logits.argmax(-1) == targets)[keep].float()
+    return *diffusion_losses(model.path, context, targets), hits
+
+def answer(model, example, tokenizer):
+    """What the model answers to the prompt of an example, with 48 tokens at most: {"question": the
+    end of the prompt, "right": .., "answer": ..}."""
+    ids, begin, inputs = example["input_ids"], example["answer"], collate([(example, 0)], model)
+    rows = {name: inputs[name] for name in ("seeds", "class_ids") if name in inputs}
+    end = tokenizer.eos_token_id
+    made = model.generate(inputs["input_ids"][:, :begin], do_sample=False, eos_token_id=end,
+                          max_new_tokens=min(48, len(ids) - begin), pad_token_id=end,
+                          attention_mask=inputs["attention_mask"][:, :begin], **rows)
+    texts = {"question": ids[max(0, begin - 48):begin], "right": ids[begin:begin + 48],
+             "answer": made[0, begin:].tolist()}
+    return {name: tokenizer.decode(text, skip_special_tokens=True) for name, text in texts.items()}
+
+@torch.no_grad()
+def validate(model, data, args, tokenizer, score):
+    """The loss, also in five bands of t, how often the most likely token is right, and answers."""
     model.eval()
-    for inputs in micro_batches([(e, i) for i, e in enumerate(data)], args, pad, model):
-        found.append(model.token_losses(**inputs))
-        labels = inputs.pop("labels")[:, 1:]
-        keep = F.pad(labels != IGNORE, (0, 1))
-        for T in accuracies:
-            tokens = model(**inputs, steps=T, logits_to_keep=keep).logits.argmax(-1)
-            hits[T].append((tokens == labels[labels != IGNORE]).float())
+    batch = [(example, i) for i, example in enumerate(data)]
+    inputs = tqdm(micro_batches(batch, args, model), "validating", disable=rank() > 0,
+                  leave=False)
+    losses, times, hits = zip(*[score(model, batch) for batch in inputs])
+    answers = [answer(model, example, tokenizer) for example in data[:3]]
     model.train()
-    losses, times = map(torch.cat, zip(*found))
-    bands = (5 * times).long()
+    losses, bands = torch.cat(losses), (5 * torch.cat(times)).long()
     result = {"examples": len(data) // world() * world(), "val_loss": processes.mean(losses)}
     result |= {f"t<{(i + 1) / 5:.1f}": processes.mean(losses[bands == i]) for i in range(5)}
-    result |= {f"accuracy_T{T}": processes.mean(torch.cat(hits[T])) for T in accuracies}
-    return {name: value for name, value in result.items() if not math.isnan(value)}
+    for T in hits[0]:
+        result[f"accuracy_T{T}"] = processes.mean(torch.cat([right[T] for right in hits]))
+    result = {name: value for name, value in result.items() if not math.isnan(value)}
+    return result | {"answers": answers}
 
 def save_checkpoint(step, model, optimizer, args):
     """All that continues the run after `step` updates, in one file that replaces the last one; and
@@ -233,12 +285,16 @@ def save_checkpoint(step, model, optimizer, args):
     if isinstance(model, L2D) and step < args.max_steps:
         model.save_pretrained(out / "so-far")
 
+def read_checkpoint(args):
+    """The tensors of the last checkpoint; none before the first. ValueError: it is damaged."""
+    file = Path(args.out) / "checkpoint.safetensors"
+    return console.load_tensors(file) if file.exists() else {}
+
 def load_checkpoint(model, optimizer, args):
     """Put the last checkpoint into model and optimizer: (updates done, size of the log then)."""
-    file = Path(args.out) / "checkpoint.safetensors"
-    if not file.exists():
+    tensors = read_checkpoint(args)
+    if not tensors:
         return 0, 0
-    tensors = console.load_tensors(file)
     model.load_path({name[5:]: t for name, t in tensors.items() if name.startswith("path.")})
     for name, p in model.path.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
@@ -264,26 +320,39 @@ def finish(model, args, kind):
     making.rmdir()
     shutil.rmtree(out / "so-far", ignore_errors=True)
 
-def try_largest(data, model, args, pad, room):
-    """A pass over the most expensive micro-batch: if it does not fit into memory, that shows now.
-    AdamW's state does not exist before the first update: memory for it, two numbers each, is set
-    aside for the parameters `room`."""
-    pairs = ((example, 0) for example in data)
-    most = heapq.nlargest(args.micro_batch_size * world(), pairs, key=cost)
-    state = [torch.empty_like(p) for p in [*room, *room]]
-    for inputs in micro_batches(most, args, pad, model):
-        model(**inputs, num_items_in_batch=1).loss.backward()
-    state.clear()
+def measured(start, tokens, step, data, args):
+    """What every line of the log has: epoch, seconds since start, tokens/s, on a GPU its memory."""
+    seconds, memory = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
+    line = dict(epoch=step * args.batch_size / len(data), seconds=seconds, memory_gb=memory,
+                tokens_per_s=tokens / seconds)
+    return {name: value for name, value in line.items() if value or name != "memory_gb"}
 
-def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
+def train(args, make_model=make_path, kind="l2d", score=score):
     """Train what make_model(args, base, class_names) makes and save it, in a folder named after
-    `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C."""
-    args = fill_in(args, kind)
-    model, tokenizer, data, held_out = build(args, make_model)
+    `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C.
+    ValueError: options that do not fit the folder, the base, the data or the processes."""
+    processes.check_processes(args)
+    args, resume = argparse.Namespace(**vars(args)), args.resume
+    args.device, args.resume = console.pick_device(args.device), False
+    model, args.model = args.model, args.model or tiny.base_folder(args.seed)
+    args.data = args.data or f"{args.model}/train.jsonl"
+    args.out = args.out or f"out/{os.path.basename(os.path.normpath(args.model))}-{kind}"
+    if os.path.isfile(args.out):
+        raise ValueError(f"{args.out} is a file: name a folder with --out")
+    with ExitStack() as stack:
+        from_first(lambda: stack.enter_context(console.claimed(args.out)))
+        console.check_out(args.out, resume)
+        if model is None:
+            from_first(lambda: tiny.prepare(args.seed))
+        run(args, *build(args, make_model), kind, score)
+    return args
+
+def run(args, model, tokenizer, data, held_out, kind, score):
+    """Train the model from the last checkpoint on."""
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / args.batch_size)
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
-    parameters, pad = list(model.path.parameters()), tokenizer.pad_token_id or 0
+    parameters = list(model.path.parameters())
     for p in parameters:                                 # the first process' path, for all: GPUs
         processes.total(p.data.mul_(rank() == 0))        # of two kinds may draw different numbers
     decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
@@ -293,32 +362,34 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
-    try_largest(data, model, args, pad, room=parameters if step == 0 else [])
-    optimizer.zero_grad()
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
     log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
-    stopped = processes.interrupts()
-    saved = True
+    stopped, saved = processes.interrupts(), True
+    validated = sum(len(example["input_ids"]) for example in held_out)
 
     def due(every):
         return step % every == 0 or step == args.max_steps
     with bar, open(log_file, "a", buffering=1) as log:
         while True:
+            start = time.perf_counter()
             # The checkpoint comes first: validation may fail, and --resume begins with it.
-            if step > 0 and due(args.eval_every) and len(held_out) >= world():
-                result = {"step": step} | validate(model, held_out, args, pad, accuracies)
-                print(json.dumps(result), file=log)
-                bar.write(", ".join(f"{name} {round(value, 3)}" for name, value in result.items()))
+            if due(args.eval_every) and len(held_out) >= world():
+                result = validate(model, held_out, args, tokenizer, score)
+                line = {"step": step} | result | measured(start, validated, step, data, args)
+                print(json.dumps(line), file=log)
+                bar.write(console.summary(line))
+                bar.unpause()                            # for its own estimate of the time left
             if step == args.max_steps or stopped():
                 break
             start = time.perf_counter()
-            line = update(step, model, optimizer, data, args, pad)
-            speed = line["tokens"] / (time.perf_counter() - start)
+            line = update(step, model, optimizer, data, args)
             step += 1
+            line |= measured(start, line["tokens"], step, data, args)
             print(json.dumps(line), file=log)
             bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {speed:,.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s",
+                                refresh=False)
             saved = due(args.save_every) or due(args.eval_every)
             if saved:
                 from_first(lambda: save_checkpoint(step, model, optimizer, args))
@@ -328,7 +399,6 @@ def train(args, make_model=make_path, kind="l2d", accuracies=(1, 15)):
         print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
         sys.exit(130)
     from_first(lambda: finish(model, args, kind))
-    return args
 
 if __name__ == "__main__":
     with console.console("train.py"), processes.processes():

@@ -93,23 +93,24 @@ class Finetuned(nn.Module):
     def cross_entropy(self, hidden, targets):
         return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
 
-    def token_losses(self, input_ids, labels, attention_mask=None, **unused):
-        """The losses [M] of labelled tokens, and −1 [M] for L2D's times: no band of t has them."""
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        keep = targets != IGNORE
-        hidden, targets = self.hidden(keep, input_ids, attention_mask), targets[keep]
+    def losses_of(self, hidden, targets):
         losses = [checkpoint(self.cross_entropy, h, y, use_reentrant=False)     # as in l2d.py
                   for h, y in zip(hidden.split(1024), targets.split(1024))]
-        return torch.cat(losses), torch.full((len(targets),), -1.0, device=targets.device)
+        return torch.cat(losses)
 
     def forward(self, input_ids, labels=None, attention_mask=None, logits_to_keep=None,
                 num_items_in_batch=None, **unused):
         """The loss; or without labels the logits [M, V] at logits_to_keep [B, S]."""
-        if labels is not None:
-            losses, _ = self.token_losses(input_ids, labels, attention_mask)
-            return CausalLMOutputWithPast(loss=losses.sum() / num_items_in_batch)
-        hidden = self.hidden(logits_to_keep, input_ids, attention_mask)
-        return CausalLMOutputWithPast(logits=self.logits(hidden))
+        if labels is None:
+            hidden = self.hidden(logits_to_keep, input_ids, attention_mask)
+            return CausalLMOutputWithPast(logits=self.logits(hidden))
+        keep, targets = following(labels)
+        losses = self.losses_of(self.hidden(keep, input_ids, attention_mask), targets)
+        return CausalLMOutputWithPast(loss=losses.sum() / num_items_in_batch)
+
+    def generate(self, input_ids, seeds=None, class_ids=None, **options):
+        with self.autocast():
+            return self.base.generate(input_ids, **options)
 
     @torch.no_grad()
     def load_path(self, tensors):
@@ -125,6 +126,20 @@ class Finetuned(nn.Module):
         replace_modules(self.base.model.layers, Adapted, Adapted.merged)
         self.base.save_pretrained(folder)
 
+def following(labels):
+    """Where the next token has a label, bool [B, S], and those labels [M]."""
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return labels != IGNORE, labels[labels != IGNORE]
+
+@torch.no_grad()
+def score(model, inputs):
+    """As train.py's; the times are −1: no band of t has them."""
+    keep, targets = following(inputs["labels"])
+    hidden = model.hidden(keep, inputs["input_ids"], inputs["attention_mask"])
+    losses = model.losses_of(hidden, targets)
+    right = model.logits(hidden).argmax(-1) == targets
+    return losses, torch.full_like(losses, -1), {1: right.float()}
+
 def make_baseline(args, base, class_names):
     return Finetuned(base, args.method, args.lora_rank, args.lora_alpha,
                      args.gradient_checkpointing)
@@ -136,7 +151,7 @@ def main():
     args = parse_args(parser)
     if args.shard:
         raise ValueError("--shard is for a base that stays as it is, and finetuning changes it")
-    args = train(args, make_baseline, kind=args.method, accuracies=(1,))
+    args = train(args, make_baseline, args.method, score)
     print(f"saved in {args.out}/; now: python train.py --model {args.out}")
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm.auto import tqdm
@@ -39,7 +38,7 @@ from l2d import L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
                              load_tokenizer, pick_device, save_tensors, write_whole)
-from train import micro_batches
+from train import collate
 
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "figures" / "gsm8k.jsonl"
@@ -131,9 +130,8 @@ class Model:
         done = set(found["example"].tolist()) if found else set()
         numbered = sorted(enumerate(examples), key=lambda pair: len(pair[1]["input_ids"]))
         left = [(example, i) for i, example in numbered if i not in done]
-        options, pad = SimpleNamespace(micro_batch_size=batch), self.tokenizer.pad_token_id
         for i in tqdm(range(0, len(left), batch), desc=name, disable=not left):
-            inputs = next(micro_batches(left[i:i + batch], options, pad, self.l2d))
+            inputs = collate(left[i:i + batch], self.l2d)
             context, targets = read(self.l2d, **inputs)
             new = answer(self.l2d.current_path(), context, targets, way, settings)
             new = {key: tensor.cpu() for key, tensor in new.items()}

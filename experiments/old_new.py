@@ -113,14 +113,14 @@ def training(args, models):
     tokens = sum(len(e["input_ids"]) for e, _ in data) / len(batches)
     slots = 0
     for batch in batches:
-        for inputs in micro_batches(batch, args, 0, models["new"]):
+        for inputs in micro_batches(batch, args, models["new"]):
             kept = (inputs["labels"][:, 1:] != l2d.IGNORE).sum(1)
             slots += len(kept) * kept.max().item() / len(batches)
     def trainer(model, parameters):
         model.train()
         optimizer, queue = torch.optim.AdamW(parameters, lr=1e-5), [batches[0], *batches]
         def update():
-            for inputs in micro_batches(queue.pop(0), args, 0, model):
+            for inputs in micro_batches(queue.pop(0), args, model):
                 loss = model(**inputs, num_items_in_batch=answers).loss
                 loss.backward()
                 losses.append(loss.item())

@@ -5,10 +5,13 @@ import errno
 import json
 import math
 import os
+import re
+import socket
 import sys
 import textwrap
+import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -40,17 +43,24 @@ def console(script):
     except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         if os.environ.get("L2D_TRACEBACK"):
             raise
-        sys.exit(f"{script}: error: {one_line(error)}{remedy(error)}")
+        line = f"{script}: error: {one_line(error)}{remedy(error)}"
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:      # torchrun ends with what is in there
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
+                json.dumps({"message": line, "timestamp": int(time.time())}))
+        sys.exit(line)
 
 def one_line(error, most=1000):
     """An error's text without line breaks, cut at `most` characters."""
+    if asked := re.search(r"DefaultCPUAllocator: .* allocate (\d+) bytes", str(error)):
+        error = f"out of memory: another {int(asked[1]) / 1e9:,.1f} GB do not fit"
     return textwrap.shorten(str(error), most, placeholder=" ..") or type(error).__name__
 
 def remedy(error):
     """What to do about an error whose own text does not say it."""
     if isinstance(error, ImportError) and "pip install" not in str(error):
         return ": pip install -r requirements.txt -r experiments/requirements.txt"
-    if isinstance(error, torch.OutOfMemoryError):
+    out_of_memory = (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, out_of_memory) or "DefaultCPUAllocator" in str(error):
         return ": use a smaller --micro-batch-size, or --gradient-checkpointing"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
         return ": another process of this run has ended. Continue with --resume, on any number"
@@ -125,26 +135,33 @@ def check_numbers(parser, args, above_0=(), from_0=()):
     seeds = [name for name in ("seed", "seeds") if name in args]
     check(seeds, f"in 0..{2**22 - 1}", lambda value: 0 <= value < 2**22)
 
-def write_whole(file, data):
-    """Write bytes beside `file`, and move them into its place once they are on the disk."""
-    making = Path(file).with_suffix(".making")
+def write_whole(file, write):
+    """Let write(path) make another file, then put that in the place of `file`: whatever happens, it
+    is whole. OSError: it could not be written."""
+    making = file.with_name(file.name + ".making")
     try:
-        with open(making, "wb") as new:
-            new.write(data)
-            new.flush()
+        write(making)
+        with open(making, "rb+") as new:
             os.fsync(new.fileno())
         os.replace(making, file)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         making.unlink(missing_ok=True)
         raise OSError(f"{file} cannot be written ({one_line(error)}); the one before is untouched: "
                       "make room or change the rights, then continue with --resume") from None
 
 def checksum(tensors):
-    return torch.tensor(zlib.crc32(safetensors.torch.save(tensors)))
+    """CRC-32 of names, types, shapes and bytes."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return torch.tensor(crc)
 
 def save_tensors(tensors, file):
     """safetensors with a checksum: no run continues from bits that have flipped on the disk."""
-    write_whole(file, safetensors.torch.save(tensors | {"checksum": checksum(tensors)}))
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    tensors["checksum"] = checksum(tensors)
+    write_whole(file, lambda making: safetensors.torch.save_file(tensors, making))
 
 def load_tensors(file):
     """What `save_tensors` wrote (the format runs no code). ValueError: the file is damaged."""
@@ -158,6 +175,51 @@ def load_tensors(file):
         pass
     raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at step 0")
 
+def lock(file):
+    """OSError: another process has locked the open file. The system unlocks it when we end."""
+    if os.name == "nt":
+        import msvcrt
+        file.seek(2**20)                                 # beyond the text, which others read
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+@contextmanager
+def claimed(folder):
+    """Around all that is written into a folder: it has one writer. The claim is a lock on the file
+    FOLDER/claim. The system takes locks back however a process ends, so a claim that kill -9 left
+    is nobody's. NFS locks hold between machines; where the file system has none, a warning is all.
+    ValueError: it is claimed; names the process and its machine."""
+    file, new = Path(folder) / "claim", not os.path.exists(folder)
+    while True:
+        os.makedirs(folder, exist_ok=True)
+        claim = open(file, "a+", encoding="utf-8")
+        try:
+            lock(claim)
+        except (BlockingIOError, PermissionError):
+            claim.seek(0)
+            raise ValueError(f"{folder} is in use by {claim.read() or 'another process'}: wait for "
+                             "its end, or name another folder with --out") from None
+        except OSError as error:
+            print(f"{folder} cannot be locked ({one_line(error)}): let no other run write there")
+        with suppress(OSError):                          # else its owner has just removed it
+            if os.path.samestat(os.stat(file), os.fstat(claim.fileno())):
+                break
+        claim.close()
+    claim.truncate(0)
+    claim.write(f"process {os.getpid()} on {socket.gethostname()}")
+    claim.flush()
+    try:
+        yield
+    finally:
+        with suppress(OSError):                          # (Windows keeps files that are open)
+            file.unlink()
+        claim.close()
+        with suppress(OSError):                          # it holds something
+            if new:
+                os.rmdir(folder)
+
 def last_run(filename, containing=""):
     """The folder in out/ whose text file `filename`, with `containing` in it, is the newest. What
     was still being made when a run was killed (NAME.making) is none."""
@@ -168,9 +230,9 @@ def last_run(filename, containing=""):
     return max(found, key=os.path.getmtime).parent
 
 def check_out(out, resume):
-    """ValueError: the output folder is a file, or holds a run that is not to be resumed."""
-    if os.path.isfile(out) or not resume and os.path.exists(f"{out}/args.json"):
-        raise ValueError(f"{out} already holds a run, or is a file: --resume, or name a new folder")
+    """ValueError: the output folder holds a run that is not to be resumed."""
+    if not resume and os.path.exists(f"{out}/args.json"):
+        raise ValueError(f"{out} already holds a run: --resume, or name a new folder with --out")
 
 def load_options(folder, names):
     """The options of a run. ValueError: there is none, or they are not `names`."""
@@ -185,11 +247,19 @@ def load_options(folder, names):
         raise ValueError(f"{file} is damaged, or of another script: put back a copy or start anew")
     return options
 
+def summary(line):
+    """A validation's line of the log, to be read: its figures, then questions and answers."""
+    figures = {name: round(value, 3) for name, value in line.items() if name != "answers"}
+    texts = [f"> {one_line(a['question'], 99)}    (right: {one_line(a['right'], 99)})\n"
+             f"{one_line(a['answer'], 99)}" for a in line["answers"]]
+    return "\n".join([", ".join(f"{name} {value}" for name, value in figures.items()), *texts])
+
 def prepare_out(args, tokenizer, log_size):
     """The output folder: options, tokenizer, and the log as long as at the last checkpoint."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "args.json", json.dumps(vars(args), indent=2).encode())
+    options = json.dumps(vars(args), indent=2)
+    write_whole(out / "args.json", lambda making: making.write_text(options, encoding="utf-8"))
     for folder in (out, out / "so-far"):
         tokenizer.save_pretrained(folder)
     with open(out / "log.jsonl", "ab") as log:           # without updates that a kill has undone

@@ -52,12 +52,26 @@ def from_all(made):
     return found
 
 def from_first(make):
-    """make() of the first process, in all of them; the others do not run it."""
-    return from_all(make() if rank() == 0 else None)[0]
+    """make() of the first process, or its error, in all of them; the others do not run it."""
+    made = error = None
+    if rank() == 0:
+        try:
+            made = make()
+        except Exception as found:
+            error = found
+    made, error = from_all((made, error))[0]
+    if error is not None:
+        raise error
+    return made
 
-def share(items):
-    """This process' part of a list, as long as that of the others."""
-    return items[:len(items) // world() * world()][rank()::world()]
+def shares(items, cost):
+    """Every process' part of a list: as many items in each, and about as much cost."""
+    n, parts, costs = len(items) // world(), [[] for _ in range(world())], [0] * world()
+    for item in sorted(items[:n * world()], key=cost, reverse=True):
+        least = min((r for r in range(world()) if len(parts[r]) < n), key=costs.__getitem__)
+        parts[least].append(item)
+        costs[least] += cost(item)
+    return parts
 
 def total(tensor):
     """The sum over all processes, in place."""

@@ -13,6 +13,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from support.console import load_model, load_tensors, load_tokenizer, save_tenso
 
 torch.set_num_threads(1)
 resource = pytest.importorskip("resource", reason="needs fork and what comes with it")
+fcntl = pytest.importorskip("fcntl")
 
 STEPS = 12
 RUN = ["--model", "base", "--data", "chats.jsonl", "--max-steps", STEPS, "--save-every", 1, "--eval-every", 4, "--validation", 2,
@@ -53,13 +55,13 @@ def start(*args, before=lambda: None, file="output", script="train"):
         os.dup2(log, 1), os.dup2(log, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
         tqdm.set_lock(threading.RLock())                 # its own lock is shared with forks, and one may die holding it
-        signal.alarm(60)
+        signal.alarm(180)
         before()
         sys.argv = [script, *map(str, args)]
         runpy.run_module(script, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else print(end.code) or 1
+        code = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
     except BaseException:
         import traceback
         traceback.print_exc()
@@ -84,9 +86,11 @@ def run(*args, code=0, **kwargs):
 
 
 def result(folder):
-    """All that a finished run leaves: the model's bytes, the last checkpoint, the log."""
+    """All that a finished run leaves: the model's bytes, the last checkpoint, the log; without the times in it."""
     tensors = load_tensors(Path(folder) / "checkpoint.safetensors")
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 and line.pop("tokens_per_s") > 0 for line in lines)
+    assert tensors.pop("log_size") <= os.path.getsize(Path(folder) / "log.jsonl")
     return (Path(folder) / "model.safetensors").read_bytes(), {k: v.tolist() for k, v in tensors.items()}, lines
 
 
@@ -182,6 +186,93 @@ def test_killed_while_the_log_is_cut(whole):
     assert wait(resume("log", before=die_at("fsync", os, 2, "before"))) == -signal.SIGKILL
     assert steps() == list(range(1, 9))                  # cut after the 7th, and one more update: no line twice
     assert wait(resume("log")) == 0 and result("log") == whole[0]
+
+
+# ---- Two runs, one folder ----------------------------------------------------------------------------------------------
+
+def pause(folder):
+    """Before a run reads its chats, it waits until FOLDER-go exists."""
+    def arm():
+        real = chats.read_rows
+        def read_rows(data):
+            Path(f"{folder}-paused").touch()
+            while not Path(f"{folder}-go").exists():
+                time.sleep(0.002)
+            return real(data)
+        chats.read_rows = read_rows
+    return arm
+
+
+def wait_for(file):
+    while not Path(file).exists():
+        time.sleep(0.002)
+
+
+def assert_refused(folder, pid, *args):
+    text = run(*args, "--out", folder, code=1, file="output")
+    assert f"train.py: error: {folder} is in use by process {pid} on {socket.gethostname()}: " in text
+
+
+@pytest.mark.parametrize("args", [RUN, ["--resume"]])
+def test_a_second_run_in_the_folder_of_a_living_one_is_refused(whole, args):
+    """Before it loads anything, fresh or resumed, beside a fresh run or a resumed one; and the first run does not notice."""
+    folder = f"claimed-{len(args)}"
+    if args == ["--resume"]:
+        assert wait(start(*RUN, "--out", folder, before=die_at("fsync", os, 6, "before"))) == -signal.SIGKILL
+        assert Path(folder, "claim").exists()            # what kill -9 leaves is no claim
+    pid = start(*args, "--out", folder, before=pause(folder), file="first")
+    wait_for(f"{folder}-paused")
+    assert_refused(folder, pid, *args)
+    assert Path(folder, "claim").exists()
+    Path(f"{folder}-go").touch()
+    assert wait(pid) == 0 and result(folder) == whole[0]
+    assert not Path(folder, "claim").exists()
+
+
+def test_only_one_of_ten_runs_at_once_gets_the_folder(whole):
+    pids = [start(*RUN, "--out", "ten", before=pause("ten"), file=f"ten-{n}") for n in range(10)]
+    ends = []
+    while len(ends) < 9:
+        pid, status = os.wait()
+        ends.append(os.waitstatus_to_exitcode(status))
+        pids.remove(pid)
+    assert ends == [1] * 9
+    Path("ten-go").touch()
+    assert wait(pids[0]) == 0 and result("ten") == whole[0]
+    texts = [Path(f"ten-{n}").read_text() for n in range(10)]
+    assert sum(f"ten is in use by process {pids[0]} on" in text for text in texts) == 9, texts
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "error", "exit"])
+def test_however_a_run_ends_its_folder_is_free(whole, end):
+    """Also before the first update, where nobody has set a signal handler yet."""
+    folder = f"ended-{end}"
+    def before():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pause(folder)()
+        if end in ("error", "exit"):
+            def read_rows(data):
+                raise ValueError("bad") if end == "error" else SystemExit(3)
+            chats.read_rows = read_rows
+    pid = start(*RUN, "--out", folder, before=before)
+    if end not in ("error", "exit"):
+        wait_for(f"{folder}-paused")
+        os.kill(pid, end)
+    assert wait(pid) == {"error": 1, "exit": 3, signal.SIGINT: 130}.get(end, -end if isinstance(end, int) else None)
+    if end not in (signal.SIGKILL, signal.SIGTERM):
+        assert not Path(folder).exists()                 # it was made for the claim alone
+    assert wait(start(*RUN, "--out", folder)) == 0, output()
+    assert result(folder) == whole[0] and not Path(folder, "claim").exists()
+
+
+def test_a_file_system_without_locks_is_told_of(whole):
+    def before():
+        def unable(*args):
+            raise OSError(errno.ENOLCK, "No locks available")
+        fcntl.lockf = unable
+    text = run(*RUN, "--out", "lockless", before=before)
+    assert "lockless cannot be locked ([Errno 37] No locks available): let no other run write there" in text
+    assert result("lockless") == whole[0]
 
 
 # ---- Disks that are full or read-only --------------------------------------------------------------------------------
@@ -300,7 +391,7 @@ def test_a_read_only_folder(whole):
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 def test_ctrl_c_saves_and_says_how_to_continue(whole):
-    for number, after in enumerate((1, 4, 7)):
+    for number, after in enumerate((2, 5, 8)):             # lines of the log, up to two of which are validations
         folder, log = f"stopped-{number}", Path(f"stopped-{number}/log.jsonl")
         pid = start(*RUN, "--save-every", 1000, "--out", folder)
         while not log.exists() or len(log.read_text().splitlines()) < after:
@@ -308,7 +399,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(whole):
         os.kill(pid, signal.SIGINT)
         assert wait(pid) == 130, output()
         steps = step_of(folder)
-        assert after - 1 <= steps < STEPS and json.loads(log.read_text().splitlines()[-1])["step"] == steps
+        assert after - 2 <= steps < STEPS and json.loads(log.read_text().splitlines()[-1])["step"] == steps
         assert f"stopped after {steps} steps; continue with --resume --out {folder}" in output()
         so_far, tensors = load_model(f"{folder}/so-far"), load_tensors(f"{folder}/checkpoint.safetensors")       # to be tried meanwhile
         assert load_tokenizer(f"{folder}/so-far") and so_far(torch.arange(9)[None], steps=3).logits.isfinite().all()
@@ -326,15 +417,15 @@ def test_sigterm_saves_too(whole):
     assert 2 <= step_of("term") < STEPS and "continue with --resume" in output()
 
 
-@pytest.mark.parametrize("failing", [4, STEPS])
+@pytest.mark.parametrize("failing", [0, 4, STEPS])
 def test_a_validation_that_fails_costs_no_update(whole, failing):
-    """It may need more memory than training. The resumed run begins with that validation."""
+    """It may need more memory than training. The resumed run begins with that validation. (The first is before all updates.)"""
     def before():
         done, real = [], L2D.eval
 
         def fail(self):                                  # where `validate` begins
             done.append(1)
-            if 4 * len(done) == failing:
+            if 4 * (len(done) - 1) == failing:
                 raise torch.OutOfMemoryError("no room")
             return real(self)
         L2D.eval = fail

@@ -176,7 +176,7 @@ def test_micro_batches_and_chunks_change_neither_loss_nor_gradient(batch, micro,
         model.zero_grad()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(l2d, "cross_entropy", partial(l2d.cross_entropy, chunk=piece))
-            for inputs in train_script.micro_batches(examples, args, 0, model):
+            for inputs in train_script.micro_batches(examples, args, model):
                 assert len(inputs["seeds"]) <= size
                 told += zip(inputs["seeds"].tolist(), inputs["class_ids"].tolist())
                 learnt += (inputs["labels"] != -100).sum()
