@@ -1960,14 +1960,16 @@ def test_training_reports_what_it_does(trained):
 
 
 def test_each_validation_shows_three_answers(trained):
-    """With their questions, on the screen and in the log. The path begins as the base, whose greedy answer that at step 0 is."""
+    """With their questions, on the screen and in the log. The path begins as the base, whose greedy
+    answer that at step 0 is."""
     folder, output = trained
-    data = train_script.chats.load_data(str(folder / "chats.jsonl"), tiny.make_tokenizer(), validation=6)[1]
+    _, data = load_data(str(folder / "chats.jsonl"), tiny.make_tokenizer(), validation=6)
     base, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "base"), tiny.make_tokenizer()
     first, *others = [line["answers"] for line in log(folder / "whole") if "val_loss" in line]
-    for shown, example in zip(first, data[:3], strict=True):
-        begin, ids = example["answer"], example["input_ids"].tolist()
-        made = base.generate(torch.tensor([ids[:begin]]), do_sample=False, max_new_tokens=len(ids) - begin,
+    for shown, example in zip(first, map(data.__getitem__, range(3)), strict=True):
+        begin, ids = example["answer"], example["input_ids"]
+        made = base.generate(torch.tensor([ids[:begin]]), do_sample=False,
+                             max_new_tokens=len(ids) - begin,
                              eos_token_id=tokenizer.eos_token_id)[0, begin:]
         assert shown == {"question": tokenizer.decode(ids[:begin], skip_special_tokens=True),
                          "right": tokenizer.decode(ids[begin:-1]),

@@ -263,7 +263,8 @@ def validate(model, data, args, tokenizer, score):
     inputs = tqdm(micro_batches(batch, args, model), "validating", disable=rank() > 0,
                   leave=False)
     losses, times, hits = zip(*[score(model, batch) for batch in inputs])
-    answers = [answer(model, example, tokenizer) for example in data[:3]]
+    first = [data[i] for i in range(min(3, len(data)))]
+    answers = [answer(model, example, tokenizer) for example in first]
     model.train()
     losses, bands = torch.cat(losses), (5 * torch.cat(times)).long()
     result = {"examples": len(data) // world() * world(), "val_loss": processes.mean(losses)}
@@ -366,7 +367,7 @@ def run(args, model, tokenizer, data, held_out, kind, score):
     log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
     stopped, saved = processes.interrupts(), True
-    validated = sum(len(example["input_ids"]) for example in held_out)
+    validated = sum(chats.column(held_out, "length"))
 
     def due(every):
         return step % every == 0 or step == args.max_steps
