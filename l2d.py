@@ -677,7 +677,8 @@ class L2DConfig(transformers.PreTrainedConfig):
 
 KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
                     "attn_implementation", "experts_implementation", "torch_dtype",
-                    "_name_or_path", "_commit_hash", "auto_map"}
+                    "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
+                    "bos_token_id", "eos_token_id"}         # (the last four: from Trainer)
 
 def refuse_unknown(names):
     if names:
@@ -704,11 +705,11 @@ def check_settings(s):
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
         value = getattr(s, name)
         require(isinstance(value, int) and value > 0, name, "must be a positive whole number")
-    for name in ("sigma", "lora_alpha", "atol", "rtol", "class_dropout", "guidance", "t_start"):
+    positive = ("sigma", "lora_alpha", "atol", "rtol")
+    for name in (*positive, "class_dropout", "guidance", "t_start"):
         value = getattr(s, name)
         require(isinstance(value, (int, float)) and math.isfinite(value), name, "must be a number")
-    for name in ("sigma", "lora_alpha", "atol", "rtol"):
-        require(getattr(s, name) > 0, name, "must be a positive number")
+        require(value > 0 or name not in positive, name, "must be a positive number")
     require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
     require(0 <= s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
     require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
@@ -840,8 +841,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     def init_weights(self):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
 
-    # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change of
-    # a weight that torch counts drop it.
+    # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
+    # of a weight that torch counts drop it.
 
     def train(self, mode=True):
         super().train(mode)
@@ -971,24 +972,20 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, steps=None,
-                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, return_dict=True,
-                tokenizer=None, output_attentions=None, output_hidden_states=None, **unknown):
+                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, **others):
         """With labels [B, S] (labels[:, k + 1] is the target at k, −100 for none): the loss, a mean
         over targets, or a sum over num_items_in_batch. Without: next-token logits [B, N, V] after
         `steps` evaluations, at all kept positions in parallel. input_ids int64 [B, S];
         attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
         all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B].
-        cache is the library's newer name for past_key_values. `generate` also passes arguments that
-        change nothing here: return_dict (the output is always an L2DOutput), cache_position (the
-        cache knows) and tokenizer. ValueError: bad values; TypeError: unknown arguments."""
-        unknown.pop("cache_position", None)             # (transformers 5.24 warns if it is named)
+        cache is the library's newer name for past_key_values. Of other arguments, those that
+        change nothing here are taken. ValueError: bad values; TypeError: unknown arguments."""
+        given = {name for name, value in others.items() if value is not None and value is not False}
+        unknown = given - {"return_dict", "cache_position", "tokenizer"}       # from `generate`
         if unknown:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one")
-        if output_attentions or output_hidden_states:
-            raise ValueError("output_attentions and output_hidden_states are not available here: "
-                             "ask model.base, the main path, for its own")
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None or tokens.shape[1] == 0:
             raise ValueError("the input is empty; give input_ids with at least one token in every "
@@ -1005,7 +1002,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         T = self.config.steps if steps is None else steps
         check_steps(self.config.solver, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = torch.zeros(1)                      # no noise, so none of torch's numbers either
+            seeds = torch.zeros(1)                      # no noise: take none of torch's numbers
         keep = self.kept(tokens, logits_to_keep)
         context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
                             class_ids, seeds)
@@ -1086,8 +1083,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         return super()._get_candidate_generator(generation_config, model_kwargs=others, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
-        raise ValueError("continuous batching (generate_batch) hands out no keys, and the path needs "
-                         "all of them at every evaluation: use generate, with a padded batch")
+        raise ValueError("continuous batching (generate_batch) hands out no keys, which the path "
+                         "needs at every evaluation: use generate")
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError("the base of a path stays as it is: resize it before, and save it")
@@ -1101,15 +1098,14 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         ValueError: what would make files that cannot be loaded."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
-        tensors, refused = self.path.state_dict(), ("variant", "distributed_checkpoint", "push_to_hub")
-        most = convert_file_size_to_int(max_shard_size or "1000GB")
-        if any(map(kwargs.get, refused)) or sum(t.nbytes for t in tensors.values()) > most:
-            raise ValueError(f"a path is saved as one file: leave out max_shard_size (or give more) "
-                             f"and {', '.join(refused)} (there is model.push_to_hub)")
+        tensors, most = self.path.state_dict(), convert_file_size_to_int(max_shard_size or "1000GB")
+        refused = any(map(kwargs.get, ("variant", "distributed_checkpoint", "push_to_hub")))
+        if refused or sum(t.nbytes for t in tensors.values()) > most:
+            raise ValueError("a path is saved as one file: leave out max_shard_size, variant and "
+                             "distributed_checkpoint; upload it with model.push_to_hub(NAME)")
         base_model = self.config.base_model
-        if os.path.isdir(base_model) and drive(base_model) == drive(save_directory):
-            relative = os.path.relpath(base_model, save_directory)
-            self.config.base_model = relative.replace(os.sep, "/")
+        if os.path.isdir(base_model):
+            self.config.base_model = relative_path(base_model, save_directory)
         try:
             super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
         finally:
@@ -1119,8 +1115,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Upload the path, and the card of the folder it comes from. ValueError: a local base."""
         base, card = self.config.base_model, os.path.join(self.config.name_or_path, "README.md")
         if not base or os.path.isdir(base):
-            raise ValueError(f"the base {base!r} is not on the hub, so nobody could load this path: "
-                             "upload the base and set model.config.base_model to its name there")
+            raise ValueError(f"the base {base!r} is not on the hub, so nobody could load the path: "
+                             "upload it, and set model.config.base_model to its name there")
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             if os.path.isfile(card):
@@ -1131,13 +1127,12 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
         """Load a trained path, and its base unless given: a folder or hub name -> L2D in evaluation
-        mode. Arguments that name settings change them (steps=127); revision and the like are the
-        path's, and the rest (dtype, device_map, ..) goes to the base, whose dtype is that of
-        training unless given. No code that came with the base is run. ValueError: a base or
-        tensors that do not fit; OSError: nothing there."""
+        mode. Arguments that name settings change them (steps=127); revision is the path's; the
+        rest (dtype, device_map, ..) goes to the base. ValueError: a base or tensors that do not
+        fit; OSError: nothing there."""
         if kwargs.get("output_loading_info") or kwargs.get("state_dict"):
-            raise ValueError("output_loading_info and state_dict are not possible: all tensors of a "
-                             "path must be in its folder, and fit")
+            raise ValueError("output_loading_info and state_dict are not possible: all tensors of "
+                             "a path must be in its folder, and fit")
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash",
                      "_from_auto", "output_loading_info", "state_dict"):
             kwargs.pop(name, None)                      # auto classes say them of the path
@@ -1147,28 +1142,19 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
         if config is None:
             found, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
-            if found.get("model_type") != "l2d":
-                raise ValueError(f"{name_or_path} holds a model of type {found.get('model_type')!r} "
-                                 "and no trained path: train one on it with train.py --model")
-            config = cls.config_class.from_dict(found, **changes)
-        else:
-            config.update(changes)
+            kind = found.get("model_type")
+            if kind != "l2d":
+                raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
+                                 "path: train one on it with train.py --model")
+            config = cls.config_class.from_dict(found)
+        config.update({"base_revision": None} | changes if "base_model" in changes else changes)
         config.name_or_path = str(name_or_path)
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         if config.base_model and os.path.isdir(moved):
             config.base_model = moved
-        if base is None and not config.base_model:
-            raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then "
-                             "load that yourself and pass it as base=")
         if config.base_checksum is None:
             warnings.warn(f"{name_or_path} holds no checksum of its base, which is not checked")
-        if base is None:
-            if kwargs.get("dtype") in (None, "auto") and "torch_dtype" not in kwargs:
-                kwargs["dtype"] = config.dtype          # as in training
-            if not os.path.isdir(config.base_model):
-                kwargs["revision"] = config.base_revision
-            base = AutoModelForCausalLM.from_pretrained(
-                config.base_model, trust_remote_code=False, **kwargs)
+        base = load_base(config, **kwargs) if base is None else base
         model = cls(config, base)
         file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)
         model.load_path(load_file(file))            # safetensors: a format that runs no code
@@ -1196,9 +1182,23 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
         return self.path.load_state_dict(tensors)
 
-def drive(path):
-    """The drive letter of a path on Windows; there is no relative path between two drives."""
-    return os.path.splitdrive(os.path.abspath(path))[0].lower()
+def load_base(config, **kwargs):
+    """The base of a path, in the dtype of training unless given; without code of its own."""
+    if not config.base_model:
+        raise ValueError(f"{config.name_or_path} is no trained path, or does not name its base; "
+                         "then load that yourself and pass it as base=")
+    if kwargs.get("dtype") in (None, "auto") and "torch_dtype" not in kwargs:
+        kwargs["dtype"] = config.dtype
+    if not os.path.isdir(config.base_model):
+        kwargs["revision"] = config.base_revision
+    return AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False,
+                                                **kwargs)
+
+def relative_path(path, start):
+    try:
+        return os.path.relpath(path, start).replace(os.sep, "/")
+    except ValueError:                                  # on another drive of Windows
+        return path
 
 # A copy of this file lies in every folder of a path. With trust_remote_code=True the library runs
 # that copy, for its folder alone; only `import l2d` makes the name l2d known everywhere.

@@ -1660,7 +1660,7 @@ class TestTheCacheUnderBothNames:
             tiny_l2d()(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
         with pytest.raises(TypeError, match="past_keys"):
             tiny_l2d()(IDS, past_keys=DynamicCache())
-        with pytest.raises(ValueError, match="output_attentions"):
+        with pytest.raises(TypeError, match="no argument output_attentions"):
             tiny_l2d()(IDS, output_attentions=True)
 
     def test_a_base_that_does_not_fill_the_cache_is_refused(self):
