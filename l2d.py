@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """L2D: large language models to diffusion finetuning (Cetin, Zhao, Tang, ICML 2025), in one file.
 
 A causal LM spends the same work on every token. L2D freezes the LM (the *main path*) and trains a
@@ -47,19 +48,25 @@ method. Part II turns it into a causal LM that loads, generates and saves.
 import copy
 import math
 import os
+import shutil
 import threading
+import warnings
+import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.hub import convert_file_size_to_int, extract_commit_hash
 
 # ---- Random numbers ------------------------------------------------------------------------------
 
@@ -574,9 +581,16 @@ VELOCITIES = ("argmax", "sample", "expectation")
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
          "num_key_value_heads", "intermediate_size")        # what path and base must agree in
 
+DEFAULTS = dict(
+    dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0,
+    class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
+    guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000)
+SETTINGS = {*DEFAULTS, "class_names", "base_model", "base_revision", "base_checksum"}
+
 class L2DConfig(transformers.PreTrainedConfig):
-    """Settings of a diffusion path. Fixed by training:
+    """Settings of a diffusion path, with their DEFAULTS. Fixed by training:
     base_model       hub name or folder of the frozen LM; text_config is that LM's configuration
+    base_revision    its commit on the hub; base_checksum: see `checksum`
     dim, cond_dim    d, the size of x_t, and C, the size of the conditioning
     sigma            noise scale; sigma / sqrt(dim) decides at which t the token shows in the noise
     path             "lora", "full" (trained copies of the layers) or "scratch" (fresh ones)
@@ -593,45 +607,37 @@ class L2DConfig(transformers.PreTrainedConfig):
     ValueError: a setting with an impossible value, or one that does not exist."""
     model_type = "l2d"
 
-    def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0,
-                 path="lora", lora_rank=32, lora_alpha=32.0, class_names=(), class_dropout=0.2,
-                 timesteps="uniform", steps=15, solver="midpoint", velocity="argmax", guidance=1.0,
-                 t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000, **kwargs):
+    def __init__(self, base_model="", text_config=None, class_names=(), base_revision=None,
+                 base_checksum=None, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        if kwargs.pop("self_condition", False):             # an option of the first version
-            raise ValueError("self_condition=True is not supported any more: train this path "
-                             "anew, or use it with the first version (commit 2e35f6f)")
-        unknown = kwargs.keys() - vars(transformers.PreTrainedConfig()).keys() - KNOWN_TO_LIBRARY
-        if unknown:
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        self.base_model, self.text_config = base_model, text_config
-        self.class_names = list(class_names)
+        settings = {name: kwargs.pop(name, value) for name, value in DEFAULTS.items()}
+        if not kwargs.get("self_condition", True):          # what old folders say, all of them
+            del kwargs["self_condition"]
+        known = vars(transformers.PreTrainedConfig()).keys() | KNOWN_TO_LIBRARY
+        refuse_unknown(kwargs.keys() - known)
+        vars(self).update(settings, base_model=base_model, base_revision=base_revision,
+                          base_checksum=base_checksum, text_config=text_config,
+                          class_names=list(class_names))    # all of them, before the first check
         super().__init__(**kwargs)
-        self.update(dict(
-            dim=dim, cond_dim=cond_dim, sigma=sigma, path=path, lora_rank=lora_rank,
-            lora_alpha=lora_alpha, class_dropout=class_dropout, timesteps=timesteps, steps=steps,
-            solver=solver, velocity=velocity, guidance=guidance, t_start=t_start, t_end=t_end,
-            atol=atol, rtol=rtol, max_evaluations=max_evaluations))
+        check_settings(self)
 
     def update(self, changes):
         """Change several settings together. ValueError: they do not fit; then none is changed."""
-        unknown = changes.keys() - vars(self).keys()
-        if unknown and "max_evaluations" in vars(self):
-            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        refuse_unknown(changes.keys() - vars(self).keys())
         check_settings(SimpleNamespace(**{**vars(self), **changes}))
         vars(self).update(changes)
 
     def __setattr__(self, name, value):
-        if "max_evaluations" in vars(self):                 # the last one: all others are there
-            check_settings(SimpleNamespace(**{**vars(self), name: value}))
+        check_settings(SimpleNamespace(**{**vars(self), name: value}))
         super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Called in loading. The library would set and check kwargs one by one: here, together."""
-        settings = [key for key in kwargs if key in config_dict and key != "dtype"]
-        changes = {key: kwargs.pop(key) for key in settings}
+        changes = {name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}
+        if "base_model" in changes:                         # another one has other commits
+            changes = {"base_revision": None} | changes
         return super().from_dict({**config_dict, **changes}, **kwargs)
 
     def check_base(self, base):
@@ -647,7 +653,7 @@ class L2DConfig(transformers.PreTrainedConfig):
                 raise ValueError(f"this path belongs to a base with {key}={ours}, but the base "
                                  f"given has {key}={theirs}; load it onto "
                                  f"{self.base_model or 'its own base'}")
-        self.text_config = self.text_config or base
+        self.text_config = base
 
     def get_text_config(self, *args, **kwargs):
         """What `generate` makes its cache for: the base, with every key kept. A cache that drops
@@ -660,7 +666,12 @@ class L2DConfig(transformers.PreTrainedConfig):
 
 KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
                     "attn_implementation", "experts_implementation", "torch_dtype",
-                    "_name_or_path", "_commit_hash"}
+                    "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
+                    "bos_token_id", "eos_token_id"}         # (the last four: from Trainer)
+
+def refuse_unknown(names):
+    if names:
+        raise ValueError(f"unknown settings: {', '.join(sorted(names))}")
 
 def check_steps(solver, steps):
     """ValueError: a fixed-step solver cannot make T = `steps` evaluations; names the nearest T."""
@@ -683,11 +694,11 @@ def check_settings(s):
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
         value = getattr(s, name)
         require(isinstance(value, int) and value > 0, name, "must be a positive whole number")
-    for name in ("sigma", "lora_alpha", "atol", "rtol", "class_dropout", "guidance", "t_start"):
+    positive = ("sigma", "lora_alpha", "atol", "rtol")
+    for name in (*positive, "class_dropout", "guidance", "t_start"):
         value = getattr(s, name)
         require(isinstance(value, (int, float)) and math.isfinite(value), name, "must be a number")
-    for name in ("sigma", "lora_alpha", "atol", "rtol"):
-        require(getattr(s, name) > 0, name, "must be a positive number")
+        require(value > 0 or name not in positive, name, "must be a positive number")
     require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
     require(0 <= s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
     require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
@@ -756,11 +767,59 @@ class L2DOutput(CausalLMOutputWithPast):
     evaluations: torch.Tensor | None = None
     passes: torch.Tensor | None = None
 
+def check_rising(position_ids, attention_mask):
+    """ValueError: positions [B, S] that do not rise from token to token: packed examples."""
+    pairs = position_ids[:, 1:] > position_ids[:, :-1]
+    if attention_mask is not None:
+        real = attention_mask[:, -position_ids.shape[1]:].bool()
+        pairs = pairs | ~real[:, 1:] | ~real[:, :-1]
+    if not pairs.all():
+        raise ValueError("position_ids do not rise along a row: if it packs several examples, give "
+                         "each a row of its own, or one would read the other")
+
 def kept_columns(keep):
     """The columns of each row that keep [B, S] marks, int64 [B, N]; N is the most that a row has.
     A row with fewer gets others, as filler."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+def check_whole(base):
+    """ValueError: no base, or one with adapters in it."""
+    if base is None:
+        raise ValueError("a path needs its base: L2D.from_pretrained(FOLDER), or L2D(config, base)")
+    if hasattr(base, "peft_type") or any(hasattr(m, "base_layer") for m in base.modules()):
+        raise ValueError("the base holds adapters: merge them, base = base.merge_and_unload(), and "
+                         "save it, so that the path can find it again")
+
+def checksum(base):
+    """Of the base's weights: of four rows of every tensor, as bfloat16, so that it is the same in
+    float32. None: they have other numbers (quantised, float16) or none (the meta device)."""
+    found = 0
+    for _, p in sorted(base.named_parameters()):
+        p = p.full_tensor() if hasattr(p, "full_tensor") else p         # a shard of it (--shard)
+        if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+            return None
+        rows = p.detach().reshape(-1, p.shape[-1])
+        rows = rows[::max(1, len(rows) // 4)].to("cpu", torch.bfloat16)
+        found = zlib.crc32(rows.view(torch.int16).numpy().tobytes(), found)
+    return f"{found:08x}"
+
+def check_weights(config, base):
+    """The checksum that the path's base has to have. ValueError: this one has another."""
+    known, found = config.base_checksum, checksum(base)
+    if None not in (known, found) and known != found:
+        raise ValueError(f"this path belongs to {config.base_model or 'a base'} with the checksum "
+                         f"{known}, but the weights given have {found}: name the right ones "
+                         "(base_model=, base_revision=) or, to use these, base_checksum=None")
+    return known or found
+
+def cached_commit(name):
+    """The commit of a hub model's main branch in the cache. None: a folder, or not there."""
+    try:
+        file = transformers.utils.cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return extract_commit_hash(file, None)
 
 class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A frozen causal LM (`base`) and its diffusion path (`path`). To `generate`, pipelines and
@@ -770,14 +829,18 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     config_class = L2DConfig
     base_model_prefix = "base"
     _supports_sdpa = supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True              # so that Trainer passes num_items_in_batch
 
-    def __init__(self, config, base):
+    def __init__(self, config, base=None):
+        check_whole(base)
         config.check_base(base.config)
         devices = sorted({str(p.device) for p in base.parameters()})
         if len(devices) > 1:
             raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
                              'device: load it with device_map={"": 0}, or train with --shard')
         config.base_model = config.base_model or base.name_or_path
+        config.base_revision = config.base_revision or cached_commit(config.base_model)
+        config.base_checksum = check_weights(config, base)
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -820,10 +883,10 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
         lm, past, caught = self.base.model, int(cache.get_seq_length()), []
-        own = threading.get_ident()
+        thread = threading.get_ident()
 
         def catch(module, inputs):
-            if threading.get_ident() == own:            # others may use this model at this moment
+            if threading.get_ident() == thread:         # others may use this model at this moment
                 caught.append(inputs[0])
         with lm.norm.register_forward_pre_hook(catch):      # by position: the cache's name changes
             lm(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=True)
@@ -845,6 +908,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if position_ids is None:
             position_ids = past + torch.arange(S, device=device)
         position_ids = position_ids.expand(B, S)
+        check_rising(position_ids, attention_mask)
         hidden = self.run_base(input_ids, attention_mask, position_ids, cache, inputs_embeds)
         columns = kept_columns(keep)                                                    # [B, N]
         def kept(x):                                    # [B, S, ..] -> [B, N, ..]
@@ -920,22 +984,20 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, steps=None,
-                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, return_dict=True,
-                cache_position=None, tokenizer=None, output_attentions=None,
-                output_hidden_states=None):
+                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, **others):
         """With labels [B, S] (labels[:, k + 1] is the target at k, −100 for none): the loss, a mean
         over targets, or a sum over num_items_in_batch. Without: next-token logits [B, N, V] after
         `steps` evaluations, at all kept positions in parallel. input_ids int64 [B, S];
         attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
         all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B].
-        cache is the library's newer name for past_key_values. `generate` also passes arguments that
-        change nothing here: return_dict (the output is always an L2DOutput), cache_position (the
-        cache knows) and tokenizer. ValueError: bad values; TypeError: unknown arguments."""
+        cache is the library's newer name for past_key_values. Of other arguments, those that
+        change nothing here are taken. ValueError: bad values; TypeError: unknown arguments."""
+        given = {name for name, value in others.items() if value is not None and value is not False}
+        unknown = given - {"return_dict", "cache_position", "tokenizer"}       # from `generate`
+        if unknown:
+            raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one")
-        if output_attentions or output_hidden_states:
-            raise ValueError("output_attentions and output_hidden_states are not available here: "
-                             "ask model.base, the main path, for its own")
         tokens = inputs_embeds if input_ids is None else input_ids
         if tokens is None or tokens.shape[1] == 0:
             raise ValueError("the input is empty; give input_ids with at least one token in every "
@@ -952,7 +1014,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         T = self.config.steps if steps is None else steps
         check_steps(self.config.solver, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = torch.zeros(1)                      # no noise: torch's generator stays
+            seeds = torch.zeros(1)                      # no noise: take none of torch's numbers
         keep = self.kept(tokens, logits_to_keep)
         context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
                             class_ids, seeds)
@@ -971,6 +1033,9 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         Other positions do not pass through the path. A loss with gradients switches to training
         mode, as an optimizer is about to change the weights. ValueError: no label, or of another
         shape."""
+        if any(p.requires_grad for p in self.base.parameters()):
+            raise ValueError("the base must stay frozen: call model.base.requires_grad_(False), "
+                             "and put no adapters (PEFT) on an L2D model")
         if torch.is_grad_enabled():
             self.train()
         return diffusion_losses(self.path, *self.read_labelled(
@@ -983,7 +1048,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, "
                              f"{list(attention_mask.shape)}; it must be {shape}")
         last_only = type(logits_to_keep) is int and logits_to_keep > 0
-        if attention_mask is not None and last_only and not attention_mask[:, -1].all():
+        if attention_mask is not None and last_only and (
+                ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # prefill_chunk_size
             raise ValueError("a row ends in padding, and its next token would follow that; pad on "
                              "the left to generate")
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
@@ -1020,72 +1086,136 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """`generate` would build 4D masks for a static cache; the base builds its own from this."""
         return attention_mask
 
+    def _get_candidate_generator(self, generation_config, model_kwargs, **kwargs):
+        """An assistant drafts as `generate` asks, but knows nothing of this path's arguments."""
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit would cut layers off the base: leave it out")
+        others = {name: value for name, value in model_kwargs.items()
+                  if name not in ("steps", "class_ids", "seeds")}
+        return super()._get_candidate_generator(generation_config, model_kwargs=others, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError("continuous batching (generate_batch) hands out no keys, which the path "
+                         "needs at every evaluation: use generate")
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("the base of a path stays as it is: resize it before, and save it")
+
     # Saving and loading
 
-    def save_pretrained(self, save_directory, state_dict=None, **kwargs):
-        """Write the path (safetensors) and a configuration that names the base; never the base.
-        A base in a local folder is named relative to save_directory: both can move together.
-        state_dict, which the library's Trainer passes, is not used: it is the path's own."""
+    def save_pretrained(self, save_directory, state_dict=None, max_shard_size=None, **kwargs):
+        """Write the path (safetensors), a configuration that names the base, and this file; never
+        the base. A base in a local folder is named relative to save_directory: both can move
+        together. state_dict, which the library's Trainer passes, is not used: it is the path's own.
+        ValueError: what would make files that cannot be loaded."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
+        tensors, most = self.path.state_dict(), convert_file_size_to_int(max_shard_size or "1000GB")
+        refused = any(map(kwargs.get, ("variant", "distributed_checkpoint", "push_to_hub")))
+        if refused or sum(t.nbytes for t in tensors.values()) > most:
+            raise ValueError("a path is saved as one file: leave out max_shard_size, variant and "
+                             "distributed_checkpoint; upload it with model.push_to_hub(NAME)")
         base_model = self.config.base_model
-        if os.path.isdir(base_model) and drive(base_model) == drive(save_directory):
-            relative = os.path.relpath(base_model, save_directory)
-            self.config.base_model = relative.replace(os.sep, "/")
+        if os.path.isdir(base_model):
+            self.config.base_model = relative_path(base_model, save_directory)
         try:
-            super().save_pretrained(save_directory, state_dict=self.path.state_dict(), **kwargs)
+            super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
         finally:
             self.config.base_model = base_model
+
+    def push_to_hub(self, repo_id, private=None, token=None, **kwargs):
+        """Upload the path, and the card of the folder it comes from. ValueError: a local base."""
+        base, card = self.config.base_model, os.path.join(self.config.name_or_path, "README.md")
+        if not base or os.path.isdir(base):
+            raise ValueError(f"the base {base!r} is not on the hub, so nobody could load the path: "
+                             "upload it, and set model.config.base_model to its name there")
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if os.path.isfile(card):
+                shutil.copy(card, folder)
+            name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return HfApi(token=token).upload_folder(repo_id=name, folder_path=folder, **kwargs)
 
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
         """Load a trained path, and its base unless given: a folder or hub name -> L2D in evaluation
-        mode. Arguments that name settings change them (steps=127); the rest (dtype, device_map, ..)
-        goes to the base, whose dtype is that of training unless given. ValueError: a base or
-        tensors that do not fit; OSError: nothing there."""
+        mode. Arguments that name settings change them (steps=127); revision is the path's; the
+        rest (dtype, device_map, ..) goes to the base. ValueError: a base or tensors that do not
+        fit; OSError: nothing there."""
+        if kwargs.get("output_loading_info") or kwargs.get("state_dict"):
+            raise ValueError("output_loading_info and state_dict are not possible: all tensors of "
+                             "a path must be in its folder, and fit")
+        for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash",
+                     "_from_auto", "output_loading_info", "state_dict"):
+            kwargs.pop(name, None)                      # auto classes say them of the path
         hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
-        shared = ("token", "cache_dir", "local_files_only")
+        shared = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
         hub |= {key: kwargs[key] for key in shared if key in kwargs}
-        config = config or AutoConfig.from_pretrained(name_or_path, **hub)
-        if not isinstance(config, L2DConfig):
-            raise ValueError(f"{name_or_path} holds a model of type {config.model_type!r} and no "
-                             "trained path: train one on it with train.py --model")
-        settings = [key for key in kwargs if key in config.to_dict() and key != "dtype"]
-        config.update({key: kwargs.pop(key) for key in settings})
+        changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
+        if config is None:
+            found, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
+            kind = found.get("model_type")
+            if kind != "l2d":
+                raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
+                                 "path: train one on it with train.py --model")
+            config = cls.config_class.from_dict(found)
+        config.update({"base_revision": None} | changes if "base_model" in changes else changes)
+        config.name_or_path = str(name_or_path)
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         if config.base_model and os.path.isdir(moved):
             config.base_model = moved
-        if base is None and not config.base_model:
-            raise ValueError(f"{name_or_path} is no trained path, or does not name its base; then "
-                             "load that yourself and pass it as base=")
-        if base is None:
-            if kwargs.get("dtype") in (None, "auto") and "torch_dtype" not in kwargs:
-                kwargs["dtype"] = config.dtype          # as in training
-            base = AutoModelForCausalLM.from_pretrained(config.base_model, **kwargs)
+        if config.base_checksum is None:
+            warnings.warn(f"{name_or_path} holds no checksum of its base, which is not checked")
+        base = load_base(config, **kwargs) if base is None else base
         model = cls(config, base)
         file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)
         model.load_path(load_file(file))            # safetensors: a format that runs no code
         return model.eval()
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """Also takes the path's own tensors, which is what folders hold (the library's Trainer)."""
+        if self.path.state_dict().keys() & state_dict.keys():
+            return self.load_path(state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def load_path(self, tensors):
         """Copy tensors (name -> tensor) into the path. ValueError: names all that do not fit."""
-        own, wrong = self.path.state_dict(), []
-        for name in sorted(own.keys() | tensors.keys()):
-            if name not in own:
+        ours, wrong = self.path.state_dict(), []
+        for name in sorted(ours.keys() | tensors.keys()):
+            if name not in ours:
                 wrong.append(f"{name} is unknown")
             elif name not in tensors:
                 wrong.append(f"{name} is missing")
-            elif tensors[name].shape != own[name].shape:
-                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(own[name].shape)}")
+            elif tensors[name].shape != ours[name].shape:
+                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(ours[name].shape)}")
             elif not tensors[name].isfinite().all():
                 wrong.append(f"{name} holds NaN or inf")
         if wrong:
             raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
-        self.path.load_state_dict(tensors)
+        return self.path.load_state_dict(tensors)
 
-def drive(path):
-    """The drive letter of a path on Windows; there is no relative path between two drives."""
-    return os.path.splitdrive(os.path.abspath(path))[0].lower()
+def load_base(config, **kwargs):
+    """The base of a path, in the dtype of training unless given; without code of its own."""
+    if not config.base_model:
+        raise ValueError(f"{config.name_or_path} is no trained path, or does not name its base; "
+                         "then load that yourself and pass it as base=")
+    if kwargs.get("dtype") in (None, "auto") and "torch_dtype" not in kwargs:
+        kwargs["dtype"] = config.dtype
+    if not os.path.isdir(config.base_model):
+        kwargs["revision"] = config.base_revision
+    return AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False,
+                                                **kwargs)
 
-AutoConfig.register("l2d", L2DConfig)
-AutoModelForCausalLM.register(L2DConfig, L2D)
+def relative_path(path, start):
+    try:
+        return os.path.relpath(path, start).replace(os.sep, "/")
+    except ValueError:                                  # on another drive of Windows
+        return path
+
+# A copy of this file lies in every folder of a path. With trust_remote_code=True the library runs
+# that copy, for its folder alone; only `import l2d` makes the name l2d known everywhere.
+L2DConfig.register_for_auto_class()
+L2D.register_for_auto_class("AutoModelForCausalLM")
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register("l2d", L2DConfig)
+    AutoModelForCausalLM.register(L2DConfig, L2D)
