@@ -4,45 +4,35 @@
     python -m experiments.hops --seeds 0 --methods paper unrolled     a subset, in ten minutes
 
 A question is a table of links between letters, and a letter to start from. The links form three
-chains, and each chain ends in a digit. To which digit does the way from this letter lead?
+chains, each of which ends in a digit. To which digit does the way from this letter lead?
 
     BcDeC7AbEfF2d       A -> b, B -> c, C -> 7 and D -> e, E -> f, F -> 2: from d by e and f to 2
 
 The base is taught to say every link aloud, "ef2". The path is to say "2" at once. A perfect
 predictor of one token needs no steps, since at t = 0 it already is the posterior. Steps can only
 add depth: the two blocks of the path look up one link, but x_t holds the proposals made so far,
-and the next evaluation could go on from there. The methods differ in x_t during training, and in
-the loss that goes with it:
+and the next evaluation could go on from there. The methods differ in training:
 
     paper       Eq. 3: x_t = (1 - t)·x_0 + t·x_1, x_1 of the right answer, t uniform in (0, 1);
                 the loss is on the answer
     sigma3      paper with sigma 3, as in the tiny default, in place of 0.5
     unrolled    x_t is what Euler's method makes of the path's own proposals, in n intervals from
-                noise (n is drawn): at t = i/n, x_t = (1 - t)·x_0 + t·(the mean of i proposals).
-                The base proposes the first link, and the loss of evaluation i is on link i + 1,
-                or on the answer if there are fewer links. In the second half of the training the
-                loss of the last evaluation, at t = 1, is on the answer, however small n is
+                noise (n is drawn). The base proposes the first link, and the loss of evaluation i
+                is on link i + 1, or on the answer if there are fewer links. In the second half of
+                the training the loss of the last evaluation is on the answer, however small n is
     noise       as unrolled, but each evaluation sees (1 - t)·(new noise) in place of x_t
     deep        one evaluation on noise, at t = 0.5, of a path that goes through the LM's layers
                 twice; the loss is on the answer
 
-All else is equal: questions, updates, optimiser and sampling, which is the paper's: Euler's method,
-the most likely token. So are the parameters (`deep` has 0.6% fewer, with a LoRA rank of 16 instead
-of 32 and a conditioning of 40 instead of 64). `paper` has n times and noises for each question, so
-as many evaluations as `unrolled`. Unrolling needs no gradient through the trajectory:
-a proposal is the most likely token, and no gradient passes through that choice. W_v is trained
-through the proposals' x_1, as by Eq. 3 through the answer's.
-
-Questions have 1 to 4 links in training, 1 to 6 in the test, and n is at most 6. In the first half
-of the training the chains grow from 2 links to 6. Each result is a line of results.jsonl in its
-model's folder and is read from there the next time; a training that was stopped goes on from its
-last checkpoint."""
+All else is equal: questions, updates, optimiser, sampling (Euler's method, the most likely token),
+and parameters (`deep` has 0.6% fewer). `paper` has n times and noises for each question, so as many
+evaluations as `unrolled`. No gradient passes through the choice of a proposal; W_v is trained
+through the proposals' x_1. Questions have 1 to 4 links in training, 1 to 6 in the test; in the
+first half of the training the chains grow from 2 links to 6. Results are kept in results.jsonl of
+each model's folder and read from there the next time."""
 
 import argparse
-import json
-import os
 import random
-import shutil
 import signal
 import string
 import time
@@ -58,11 +48,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 from experiments.results import append_line, interval, read_log, student
-from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, initial_noise,
-                 solve_fixed, token_losses, velocity)
+from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, diffusion_losses,
+                 estimate, initial_noise, solve_fixed, velocity)
 from support import tiny
 from support.console import check_numbers, console, load
-from train import learning_rate, load_checkpoint, save_checkpoint
+from train import learning_rate
 
 CHAINS, LONGEST = 3, 6                                   # of a table, and links of a chain
 TRAINED = (1, 2, 3, 4)                                   # links of the questions in training
@@ -76,7 +66,7 @@ BASE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_atte
 PATH = dict(dim=64, cond_dim=64, sigma=0.5, lora_rank=32, lora_alpha=32.0, solver="euler")
 OTHER = {"sigma3": dict(sigma=3.0), "deep": dict(cond_dim=40, lora_rank=16, lora_alpha=16.0)}
 OPTIMIZER = dict(betas=(0.9, 0.95), weight_decay=0.01)
-BASE_BATCH, BATCH, UPDATES, SAVE_EVERY = 64, 128, 5000, 250
+BASE_BATCH, BATCH, UPDATES = 64, 128, 5000
 FIRST, ALOUD, ON_NOISE = "first token", "aloud", "one on noise"
 
 # ---- Questions -----------------------------------------------------------------------------------
@@ -197,14 +187,14 @@ def unroll(path, context, n, carry=True):
         if not carry:
             other = replace(context, seeds=context.seeds ^ ((len(seen) + 1) << 50))
             x = (1 - t) * initial_noise(path.config, other)
-        seen.append(path(x, torch.full((1, 1, 1), t), context))
+        seen.append(path(x, t, context))
         return seen[-1]
 
     def dxdt(x, t):
-        logits = context.logits(context.hidden) if t == 0 else evaluate(x, t)
-        return velocity(path, logits, x, t, context)
+        logits = evaluate(x, t) if t > 0 else context.logits(context.main_hidden)
+        return velocity(estimate(path, logits, t, context), x, t)
     x = solve_fixed(dxdt, initial_noise(path.config, context), 0.0, 1.0, n, TABLEAUS["euler"])
-    evaluate(x, 1.0)
+    evaluate(x, x.new_ones(1, 1, 1))
     return torch.cat(seen, dim=1)
 
 def links_to_say(ways, n, late):
@@ -223,7 +213,7 @@ def paper_loss(path, context, ways, n, late):
     parts = []
     for i in range(n):
         other = replace(context, seeds=context.seeds ^ (i << 50))
-        losses, _ = token_losses(path, other, ways[:, -1:])
+        losses, _ = diffusion_losses(path, other, ways[:, -1:])
         parts.append(losses.mean())
     return sum(parts) / n
 
@@ -232,7 +222,8 @@ def deep_loss(path, context, ways, n, late):
 
 def on_noise(path, context, t):
     """Logits [B, 1, V] of one evaluation at t, where x_t is noise alone."""
-    return path.at_shared_time((1 - t) * initial_noise(path.config, context), t, context)
+    x = (1 - t) * initial_noise(path.config, context)
+    return path(x, x.new_full((1, 1, 1), t), context)
 
 class Deep(L2D):
     """An L2D whose path goes through the LM's layers twice, with other LoRA weights."""
@@ -241,10 +232,13 @@ class Deep(L2D):
         super().__init__(config, base)
         self.path = DiffusionPath(config, [*base.model.layers, *base.model.layers])
 
-    def context(self, *args, **kwargs):
-        context = super().context(*args, **kwargs)
-        names = ("layers", "keys", "values", "masks")
-        return replace(context, **{name: [*getattr(context, name)] * 2 for name in names})
+    def read(self, *args, **kwargs):
+        context, lm = super().read(*args, **kwargs), self.base
+        twice = SimpleNamespace(norm=lm.model.norm, layers=[*lm.model.layers] * 2)
+        lm = SimpleNamespace(lm_head=lm.lm_head, model=twice,
+                             get_input_embeddings=lm.get_input_embeddings)
+        names = ("keys", "values", "kinds")
+        return replace(context, lm=lm, **{name: [*getattr(context, name)] * 2 for name in names})
 
 LOSSES = {"paper": paper_loss, "sigma3": paper_loss, "unrolled": unrolled_loss,
           "noise": partial(unrolled_loss, carry=False), "deep": deep_loss}
@@ -279,39 +273,26 @@ def update_loss(step, model, method, seed, updates, vocabulary):
 def train(method, seed, updates):
     """Train a path on the base of a seed, if there is none."""
     folder = model_folder(method, seed, updates)
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return
     torch.manual_seed(seed)
     model = new_model(method, load_base(seed)).train()
-    vocabulary = make_tokenizer().get_vocab()
+    tokenizer = make_tokenizer()
     optimizer = torch.optim.AdamW(model.path.parameters(), **OPTIMIZER)
-    args = SimpleNamespace(out=str(folder), max_steps=updates, lr=3e-3, min_lr=1e-5,
-                           warmup_steps=50)              # as train.py's functions know them
-    folder.mkdir(parents=True, exist_ok=True)
-    done, log_size = load_checkpoint(model, optimizer, args)
+    args = SimpleNamespace(max_steps=updates, lr=3e-3, min_lr=1e-5, warmup_steps=50)
     start = time.process_time()
-    with open(folder / "log.jsonl", "a", buffering=1) as log:
-        log.truncate(log_size)
-        for step in range(done, updates):
-            loss = update_loss(step, model, method, seed, updates, vocabulary)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.path.parameters(), 1.0)
-            if not loss.isfinite():
-                raise RuntimeError(f"{folder}: the loss of step {step + 1} is {loss.item()}")
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            optimizer.step()
-            optimizer.zero_grad()
-            print(json.dumps({"step": step + 1, "loss": loss.item()}), file=log)
-            if (step + 1) % SAVE_EVERY == 0:
-                save_checkpoint(step + 1, model, optimizer, args)
-    print(f"{folder}: {updates - done:,} updates, {time.process_time() - start:.0f} s of processor "
-          "time", flush=True)
-    making = Path(f"{folder}.making")
-    model.save_pretrained(making)
-    for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-        os.replace(file, folder / file.name)             # the weights last: then all is there
-    making.rmdir()
-    shutil.rmtree(folder / "so-far", ignore_errors=True)
+    for step in range(updates):
+        loss = update_loss(step, model, method, seed, updates, tokenizer.get_vocab())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.path.parameters(), 1.0)
+        if not loss.isfinite():
+            raise RuntimeError(f"{folder}: the loss of step {step + 1} is {loss.item()}")
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"{folder}: {updates:,} updates, {time.process_time() - start:.0f} s of processor time",
+          flush=True)
+    tiny.save(folder, model, tokenizer)
 
 # ---- Measuring: {way to answer: its numbers}, by links from 1 to LONGEST -------------------------
 
@@ -372,7 +353,7 @@ def measure_path(method, seed, updates, n):
         found = {ON_NOISE: on_noise(path, context, t)}
         if method != "deep":
             found |= {f"T = {T}": diffuse(path, context, T)[0] for T in STEPS}
-        base = context.logits(context.hidden)[:, 0].argmax(-1) == answers
+        base = context.logits(context.main_hidden)[:, 0].argmax(-1) == answers
         for way, logits in found.items():
             right = logits[:, 0].argmax(-1) == answers
             line = ways.setdefault(way, {"accuracy": [], "fixed": 0, "broken": 0, "cost": 1})

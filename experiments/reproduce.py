@@ -30,7 +30,7 @@ VARIANTS = {"sigma = 1.5": "--sigma 1.5", "sigma = 6": "--sigma 6",
             "path from scratch": "--path scratch"}
 KINDS = ("fact", "math", "string")
 TRAIN, FINETUNE = "train.py", "-m experiments.finetune"
-EVALUATE, PROCESS = "-m experiments.evaluate", "-m experiments.process"
+EVALUATE = "-m experiments.evaluate"
 
 def variant(name):
     option, value = VARIANTS[name].split()
@@ -47,7 +47,7 @@ def chains():
         b, options = base_folder(seed), f"--seed {seed}"
         steps = " ".join(map(str, STEPS))
         yield [train_command("l2d", options, f"{b}-l2d"),
-               f"{EVALUATE} --out {b}-l2d --steps {steps}", f"{PROCESS} --out {b}-l2d",
+               f"{EVALUATE} --out {b}-l2d --steps {steps}",
                *[train_command(method, options, f"{b}-{method}") for method in ("lora", "full")],
                *[f"{EVALUATE} --out {b}-{method}" for method in ("lora", "full")],
                *(settings() if seed == 0 else [])]
@@ -266,29 +266,17 @@ TOKEN = {"sampled": "sampled token", "greedy": "most likely token"}
 LEVELS = ({"color": "0.0", "linestyle": "--"}, {"color": "0.0", "linestyle": ":"},
           {"color": "0.45", "linestyle": "-."}, {"color": "0.65", "linestyle": (0, (6, 1))})
 
-def percent(axes, axis="y"):
-    form = getattr(axes, f"{axis}axis")
-    form.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-
-def errorbar(axes, x, groups, **style):
-    """Means over models with Student's 95% intervals; groups: the models' values at every x."""
-    means, halves = zip(*map(student, groups))
-    axes.errorbar(x, means, halves, capsize=3, **style)
-
-def finish(*all_axes):
-    for axes in all_axes:
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-def average(models, key):
-    return sum(model[key] for model in models) / len(models)
+def percent(axes):
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 def draw_tiny(results, axes):
     """Whole answers of the tiny models right, means over three seeds."""
     for kind, style in CURVES.items():
         groups = [[line["accuracy"] for line in results.seeds("-l2d", f"{named(T)}, {kind}")]
                   for T in STEPS]
-        errorbar(axes, STEPS, groups, markersize=4, label=f"L2D, last token {kind}", **style)
+        means, halves = zip(*map(student, groups))
+        axes.errorbar(STEPS, means, halves, capsize=3, markersize=4,
+                      label=f"L2D, last token {kind}", **style)
     noise = "one evaluation on noise, greedy"
     lines = (("base, greedy", "-l2d", "base, greedy"), (noise, "-l2d", noise),
              ("base after LoRA finetuning, greedy", "-lora", "{m}, greedy"),
@@ -334,61 +322,6 @@ def draw_accuracy(results, plt):
         axes.legend(loc="lower right", fontsize=8)
     return figure
 
-def draw_process(results, plt):
-    """Fig. 3: what would be answered along the trajectory, and what a single evaluation does with
-    x_t."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    along = [line["result"] for line in results.seeds("-l2d", "along T = 31")]
-    t = [row["t"] for row in along[0]]
-    for key, label, colour in (("accuracy", "most likely token is right", "tab:orange"),
-                               ("probability", "probability of the right token", "tab:blue")):
-        groups = [[model[i][key] for model in along] for i in range(len(t))]
-        errorbar(left, t, groups, color=colour, marker=".", label=label)
-    left.set(xlabel="t along the trajectory (T = 31)", ylabel="answer tokens",
-             title="What would be answered at each time")
-    shown = [line["result"] for line in results.seeds("-l2d", "shown")]
-    t = [row["t"] for row in shown[0]]
-    for kind, colour in zip(KINDS, ("tab:green", "tab:purple", "tab:red")):
-        for source, style in (("true", "-"), ("noise", ":")):
-            means = [sum(model[i][source]["by_kind"][kind] for model in shown) / len(shown)
-                     for i in range(len(t))]
-            label = f"{kind}, {'the true x_t' if source == 'true' else 'noise alone'}"
-            right.plot(t, means, style, color=colour, label=label)
-    right.set(xlabel="t", title="One evaluation at t: what does x_t tell the path?")
-    percent(left)
-    percent(right)
-    finish(left, right)
-    return figure
-
-def draw_adaptive(results, plt):
-    """Fig. 4: accuracy at equal evaluations, and where the adaptive solvers spend theirs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    names = [name for (model, name), line in results.lines.items()
-             if model == "tiny-base-l2d" and "by_difficulty" in line.get("result", {})]
-    found = {name: [line["result"] for line in results.seeds("-l2d", name)] for name in names}
-    groups = {"fixed steps (midpoint, argmax)": "fixed", "fehlberg2, argmax": "fehlberg2, argmax",
-              "bosh3, argmax": "bosh3, argmax", "fehlberg2, expectation": "fehlberg2, exp",
-              "bosh3, expectation": "bosh3, exp"}
-    for (label, start), marker in zip(groups.items(), "o^s^s"):
-        chosen = [models for name, models in found.items() if name.startswith(start)]
-        left.plot([average(models, "evaluations") for models in chosen],
-                  [average(models, "accuracy") for models in chosen], marker=marker,
-                  linestyle="-" if start == "fixed" else "none", label=label)
-    left.set(xlabel="evaluations per token", ylabel="answer tokens right",
-             title="Accuracy at equal cost")
-    for name in ("bosh3, argmax, 0.0003", "bosh3, expectation, 0.0003",
-                 "fehlberg2, expectation, 0.0003"):
-        bins = [models["by_difficulty"] for models in found[name]]
-        x = [(b["from"] + b["to"]) / 2 for b in bins[0]]
-        used = [[model[i]["evaluations"] for model in bins] for i in range(len(x))]
-        errorbar(right, x, used, marker="o", markersize=4, label=name)
-    right.set(xlabel="base's probability of the right token (hard to easy)",
-              ylabel="evaluations per token", title="Where the evaluations go")
-    percent(left)
-    percent(right, "x")
-    finish(left, right)
-    return figure
-
 def draw_guidance(results, plt):
     """Fig. 5: accuracy against the guidance scale, by label."""
     figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
@@ -404,12 +337,13 @@ def draw_guidance(results, plt):
     axes.set(xlabel="guidance scale w", ylabel="right answers",
              title=f"{lines[0]['n']} questions that only the label decides (T = 15)")
     percent(axes)
-    finish(axes)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return figure
 
 def draw(results, folder=FIGURES):
     import matplotlib.pyplot as plt
-    for function in (draw_accuracy, draw_process, draw_adaptive, draw_guidance):
+    for function in (draw_accuracy, draw_guidance):
         file = folder / f"{function.__name__.removeprefix('draw_')}.png"
         function(results, plt).savefig(file, dpi=120)
         print(f"drawn: {file}")
