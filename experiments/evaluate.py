@@ -75,7 +75,7 @@ def settings_of(args):
 def told(given):
     return "".join(f", {name}={value}" for name, value in given.items())
 
-# ---- The questions of the tiny default ------------------------------------------------------------
+# ---- The questions of the tiny default -----------------------------------------------------------
 
 def table(bench, args):
     """The lines that the options ask for, of one model."""
