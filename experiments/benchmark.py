@@ -211,7 +211,7 @@ def parse_args():
     add = parser.add_argument
     add("--out", help="trained path (default: a shape)")
     add("--data", help=".jsonl file of questions and answers (default: those beside the tiny base)")
-    add("--shape", choices=SHAPES, default="small", help="(default: %(default)s)")
+    add("--shape", choices=SHAPES, help="(default: small)")
     add("--context", type=int, default=128, help="tokens before, for a shape (default: 128)")
     add("--steps", type=int, nargs="+", default=[3, 15, 127], help="T (default: 3 15 127)")
     add("--batch", type=int, nargs="+", default=[1], metavar="B", help="(default: 1)")
@@ -227,6 +227,8 @@ def parse_args():
     args = parser.parse_args()
     if args.data and not args.out:
         parser.error("--data needs --out: a shape has random tokens")
+    if args.shape and args.out:
+        parser.error("--shape and --out are two models: give one")
     if args.flips and args.dtype == "bfloat16":
         parser.error("--flips is in float32: leave out --dtype")
     check_numbers(parser, vars(args), ("context", "batch", "rows", "tokens", "loop_tokens", "rounds",
@@ -244,10 +246,10 @@ def main():
         model = load_model(args.out, **kept).to(pick_device(args.device))
         prefixes = answer_prefixes(model, args)
     else:
-        model = build(args.shape, pick_device(args.device), dtype)
+        model = build(args.shape or "small", pick_device(args.device), dtype)
         prefixes = random_prefixes(model, args)
-    print(f"{args.out or f'{args.shape}, fresh path'}, {model.base.dtype}, {model.device}, "
-          f"{args.threads} thread(s), torch {torch.__version__}; {len(prefixes):,} positions")
+    name = args.out or f"{args.shape or 'small'}, fresh path"
+    print(f"{name}, {model.base.dtype}, {model.device}, {args.threads} thread(s), torch {torch.__version__}; {len(prefixes):,} positions")
     if args.flips:
         return flips(model, prefixes, args)
     compare(model, prefixes, args)
