@@ -249,7 +249,8 @@ def main():
         model = build(args.shape or "small", pick_device(args.device), dtype)
         prefixes = random_prefixes(model, args)
     name = args.out or f"{args.shape or 'small'}, fresh path"
-    print(f"{name}, {model.base.dtype}, {model.device}, {args.threads} thread(s), torch {torch.__version__}; {len(prefixes):,} positions")
+    print(f"{name}, {model.base.dtype}, {model.device}, {args.threads} thread(s), "
+          f"torch {torch.__version__}; {len(prefixes):,} positions")
     if args.flips:
         return flips(model, prefixes, args)
     compare(model, prefixes, args)
