@@ -1,7 +1,6 @@
 """Accuracy of a trained L2D against the number of steps, beside what keeps the comparison honest.
 
     python -m experiments.evaluate                            the last model of `python train.py`
-    python -m experiments.evaluate --seeds 0 1 2              of `python train.py --seed 0`, 1, 2
     python -m experiments.evaluate --out out/tiny-base-lora   an ordinary checkpoint
     python -m experiments.evaluate --solver bosh3             adaptive: evaluations are reported
     python -m experiments.evaluate --guidance 0 0.5 1 1.5 2 3             what the label decides
@@ -10,13 +9,13 @@
     python -m experiments.evaluate --tasks my-questions.jsonl --limit 20
 
 Without --tasks, on the questions of the tiny default. They are fresh (held out in support/tiny.py),
-a third of each kind, and a question is right if the whole generated answer is. Of one model the
-interval is Wilson's over its questions, at 95%; of several, Student's over the models' accuracies,
-which is wider and speaks for other seeds. "sampled" draws the last token of the diffusion at
-temperature 1, the paper's protocol; "greedy" takes the most likely one. Two controls need no
-iteration at all: the base, greedy, and one evaluation of the path on pure noise, at the best of
-nine times t (chosen on 300 other questions). Every result is a line of results.jsonl in the model's
-folder, and is read from there the next time (--again measures anew).
+a third of each kind, and a question is right if the whole generated answer is. The interval is
+Wilson's over the questions, at 95%. (`reproduce` has means over models, which speak for other
+seeds.) "sampled" draws the last token of the diffusion at temperature 1, the paper's protocol;
+"greedy" takes the most likely one. Two controls need no iteration at all: the base, greedy, and one
+evaluation of the path on pure noise, at the best of nine times t (chosen on 300 other questions).
+Every result is a line of results.jsonl in the model's folder, and is read from there the next time
+(--again measures anew).
 
 With --tasks, standard benchmarks through EleutherAI's lm-evaluation-harness, at every T, sampled
 untempered (Section 4.1) and greedily. A question comes as a chat, after --shots solved ones. A
@@ -44,7 +43,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from experiments.results import (Bench, add_models, add_questions, append_line, check_questions,
-                                 interval, is_path, model_folders, student)
+                                 interval, is_path, model_folders)
 from l2d import L2D, TABLEAUS, VELOCITIES, check_steps
 from support.chats import DATE, read_rows
 from support.console import (check_numbers, console, load_base, load_model, load_tokenizer,
@@ -127,30 +126,7 @@ def best_time(bench, **other):
     tried = {t: bench.measure("best time", 300, t_start=t, **same)["accuracy"] for t in times}
     return max(tried, key=tried.get)
 
-def over_models(lines):
-    """The mean of the same line of several models, with Student's 95% interval for the mean of all
-    possible ones."""
-    mean, half = student([line["accuracy"] for line in lines])
-    by_kind = {kind: sum(line["by_kind"][kind] for line in lines) / len(lines)
-               for kind in lines[0]["by_kind"]}
-    used = sum(line["evaluations"] for line in lines) / len(lines)
-    return lines[0] | {"accuracy": mean, "interval": (max(0, mean - half), min(1, mean + half)),
-                       "by_kind": by_kind, "evaluations": used}
-
-def differences(tables):
-    """Pairs of lines compared within each model, which takes the models' own level out:
-    (text, mean, half an interval)."""
-    pairs = (("T = 15, sampled", "base, sampled"), ("T = 15, sampled", "base, greedy"),
-             ("T = 15, sampled", "T = 3, sampled"),
-             ("T = 15, greedy", "one evaluation on noise, greedy"))
-    for one, other in pairs:
-        accuracy = [{line["name"]: line["accuracy"] for line in lines} for lines in tables]
-        if all(one in known and other in known for known in accuracy):
-            found = [known[one] - known[other] for known in accuracy]
-            yield f"{one} - {other}", *student(found)
-
-def report(tables):
-    lines = tables[0] if len(tables) == 1 else [over_models(same) for same in zip(*tables)]
+def report(lines):
     kinds = list(lines[0]["by_kind"])
     print(f"\n{'':34}{'all':>6}  {'95% interval':>14}" + "".join(f"{kind:>9}" for kind in kinds)
           + f"{'evaluations':>13}")
@@ -159,12 +135,7 @@ def report(tables):
         print(f"{line['name']:34}{line['accuracy']:6.1%}  {low:6.1%}, {high:6.1%}"
               + "".join(f"{line['by_kind'][kind]:9.1%}" for kind in kinds)
               + f"{line['evaluations']:13.1f}")
-    print(f"n = {lines[0]['n']} questions for each of {len(tables)} trained models, "
-          f"seed {lines[0]['seed']}")
-    for text, mean, half in differences(tables) if len(tables) > 1 else ():
-        print(f"{text}: {100 * mean:+.1f} points ({100 * (mean - half):+.1f} to "
-              f"{100 * (mean + half):+.1f} over the models)")
-    return lines
+    print(f"n = {lines[0]['n']} questions, seed {lines[0]['seed']}")
 
 # ---- The harness's tasks -------------------------------------------------------------------------
 
@@ -250,7 +221,7 @@ def set_decoding(task, decoding, lm, max_new_tokens):
     task.set_config("generation_kwargs", kept | DECODING[decoding] | {"max_gen_toks": most})
     return lm.max_length - most
 
-# ---- Measuring them -----------------------------------------------------------------------------------
+# ---- Measuring them ------------------------------------------------------------------------------
 
 def load_lm(folder, how, device, dtype, batch_size):
     """A trained path or an ordinary checkpoint as the harness's HFLM. ValueError: a tokenizer
@@ -308,23 +279,16 @@ def plan(found, steps):
                 yield name, loaded, T, decoding
 
 def report_task(line):
-    """Print a result, with all that is needed to measure it again."""
     shares = []
     for key, metric in line["metrics"].items():
         value, bounds = metric["value"], metric["interval"]
         shares.append(f"{key} {value:.1%} ({bounds[0]:.1%}, {bounds[1]:.1%})" if bounds else
                       f"{key} {value:.4g}")
-    print(f"\n{line['name']}: {'; '.join(shares)}\n  n = {line['n']}, {line['shots']} shots, "
-          f"{line['samples']} sample(s) each, seed {line['seed']}, batches of "
-          f"{line['batch_size']}, {line['dtype']}, {json.dumps(line['how'])}, "
-          f"{json.dumps(line['generation'])}")
+    print(f"\n{line['name']}: {'; '.join(shares)}; n = {line['n']}, {line['shots']} shots, "
+          f"{line['samples']} sample(s) each\n  {line['command']}")
     if line["cut_prompts"]:
         print(f"  {line['cut_prompts']} prompts were too long and lost their beginning: use fewer "
               "--shots or --max-new-tokens")
-    versions = ", ".join(f"{package} {version}" for package, version in line["versions"].items())
-    template = line["chat_template"]
-    print(f"  {versions}; chat template {template['sha256']}: {template['first_line']}\n"
-          f"  {line['command']}")
 
 def command():
     """What was typed, as `python -m`."""
@@ -411,13 +375,9 @@ def parse_args():
     return args
 
 def benches(args):
-    """The models with their results. ValueError: paths and ordinary checkpoints, of which
-    different things are measured."""
+    """The models with their results. ValueError: settings of a path for an ordinary checkpoint."""
     found = [Bench(folder, args.again) for folder in model_folders(args)]
-    ordinary = [bench.folder for bench in found if not bench.is_l2d]
-    if 0 < len(ordinary) < len(found):
-        raise ValueError(f"{', '.join(ordinary)}: no trained path, unlike the other models; "
-                         "measure them by themselves")
+    ordinary = [str(bench.folder) for bench in found if not bench.is_l2d]
     for option in ("guidance", "beams", *settings_of(args)):
         if ordinary and getattr(args, option) is not None:
             raise ValueError(f"{', '.join(ordinary)}: an ordinary checkpoint, and "
@@ -434,7 +394,8 @@ def main():
     for T in args.steps:
         check_steps(args.solver or "midpoint", T)        # ValueError before the measurements
     torch.set_num_threads(1)                             # more would only wait for each other
-    report([table(bench, args) for bench in benches(args)])
+    for bench in benches(args):
+        report(table(bench, args))
 
 if __name__ == "__main__":
     with console("evaluate.py"):

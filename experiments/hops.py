@@ -33,19 +33,16 @@ each model's folder and read from there the next time."""
 
 import argparse
 import random
-import signal
 import string
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from experiments.results import append_line, interval, read_log, student
 from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, diffusion_losses,
@@ -305,7 +302,7 @@ def measured(folder, n, measure):
     for line in read_log(file, "ways"):
         if line["n"] == n:
             return line["ways"]
-    ways = measure()
+    ways = measure(n)
     append_line(file, {"n": n, "ways": ways})
     return ways
 
@@ -388,21 +385,6 @@ def row(title, lines, n):
             text += f"{mean([line[key] for line in lines]):8.0f}"
     return text
 
-def difference(tables, method, way=None):
-    """Text: `unrolled` with one evaluation for each link of the longest questions in training, less
-    another method, within a seed. Of that one it is the best way to answer, so that no choice of T
-    favours `unrolled`, or the one given."""
-    longest, told = max(TRAINED), []
-    for part in (slice(1, longest), slice(longest, None)):
-        gains = []
-        for ours, theirs in zip(tables["unrolled"], tables[method]):
-            best = max(mean(theirs[name]["accuracy"][part]) for name in ([way] if way else theirs))
-            gains.append(mean(ours[f"T = {longest}"]["accuracy"][part]) - best)
-        half = f" ±{100 * student(gains)[1]:.1f}" if len(gains) > 1 else ""
-        told.append(f"{100 * mean(gains):+.1f}{half}")
-    return (f"unrolled, T = {longest}, less {method}, {way or 'the best of its lines'}: {told[0]} "
-            f"points on 2 to {longest} links, {told[1]} on more")
-
 def report(tables, n):
     """tables: {method: for each seed, what was measured}."""
     print(f"\n{'% right, by number of links':34}"
@@ -416,39 +398,21 @@ def report(tables, n):
           "the 95% interval, over seeds if there are several\ncost: evaluations of the path, or "
           f"tokens of the base; fixed, broken: of {n * LONGEST:,} first tokens of the base\n"
           f"trained parameters: {', '.join(counts)}")
-    if "unrolled" in tables:
-        print(difference(tables, "unrolled", ON_NOISE))
-        for method in tables:
-            if method != "unrolled":
-                print(difference(tables, method))
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def start_process():
-    """In each process of the pool: one thread, no progress bars, and Ctrl-C ends it without a stack
-    trace."""
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-def do_base(seed, n):
-    prepare(seed)
-    return measured(base_folder(seed), n, partial(measure_base, seed, n))
-
-def do_path(job, updates, n):
-    """Train and measure a job: (method, seed)."""
-    train(*job, updates)
-    return measured(model_folder(*job, updates), n, partial(measure_path, *job, updates, n))
-
-def run(args, apply):
-    """The table; apply(function, list) is `map`, or that of a pool of processes."""
-    seeds, methods = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
-    tables = {"base": list(apply(partial(do_base, n=args.questions), seeds))}
-    jobs = [(method, seed) for seed in seeds for method in methods]
-    found = apply(partial(do_path, updates=args.updates, n=args.questions), jobs)
-    by_job = dict(zip(jobs, found))
-    for method in methods:
-        tables[method] = [by_job[method, seed] for seed in seeds]
+def run(args):
+    """Train and measure what has not been, and print the table."""
+    seeds, methods, tables = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods)), {}
+    for seed in seeds:
+        prepare(seed)
+        found = measured(base_folder(seed), args.questions, partial(measure_base, seed))
+        tables.setdefault("base", []).append(found)
+        for method in methods:
+            job = method, seed, args.updates
+            train(*job)
+            found = measured(model_folder(*job), args.questions, partial(measure_path, *job))
+            tables.setdefault(method, []).append(found)
     report(tables, args.questions)
 
 def main():
@@ -460,15 +424,10 @@ def main():
     add("--updates", type=int, default=UPDATES, help="of each path (default: %(default)s)")
     add("--questions", type=int, default=500,
         help="for each number of links (default: %(default)s)")
-    add("--workers", type=int, default=2,
-        help="processes, of one thread each (default: %(default)s)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=["updates", "questions", "workers"])
+    check_numbers(parser, vars(args), above_0=["updates", "questions"])
     torch.set_num_threads(1)
-    if args.workers == 1:
-        return run(args, map)
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), start_process) as pool:
-        run(args, pool.map)
+    run(args)
 
 if __name__ == "__main__":
     with console("hops.py"):

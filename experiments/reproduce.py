@@ -322,31 +322,10 @@ def draw_accuracy(results, plt):
         axes.legend(loc="lower right", fontsize=8)
     return figure
 
-def draw_guidance(results, plt):
-    """Fig. 5: accuracy against the guidance scale, by label."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    scales = (0, 0.5, 1, 1.5, 2, 3)
-    lines = [results.get("tiny-base-l2d", f"guidance {w:g}") for w in scales]
-    shares = [line["accuracy"] for line in lines]
-    errors = [[line["accuracy"] - line["interval"][0] for line in lines],
-              [line["interval"][1] - line["accuracy"] for line in lines]]
-    axes.errorbar(scales, shares, errors, capsize=3, color="black", marker="o", label="all")
-    for kind in lines[0]["by_kind"]:
-        axes.plot(scales, [line["by_kind"][kind] for line in lines], marker=".",
-                  label=f"label {kind}")
-    axes.set(xlabel="guidance scale w", ylabel="right answers",
-             title=f"{lines[0]['n']} questions that only the label decides (T = 15)")
-    percent(axes)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
-
-def draw(results, folder=FIGURES):
+def draw(results):
     import matplotlib.pyplot as plt
-    for function in (draw_accuracy, draw_guidance):
-        file = folder / f"{function.__name__.removeprefix('draw_')}.png"
-        function(results, plt).savefig(file, dpi=120)
-        print(f"drawn: {file}")
+    draw_accuracy(results, plt).savefig(FIGURES / "accuracy.png", dpi=120)
+    print(f"drawn: {FIGURES / 'accuracy.png'}")
 
 def main():
     parser = argparse.ArgumentParser(
