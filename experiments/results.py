@@ -90,7 +90,7 @@ def check_questions(parser, args):
 
 class Sampler(LogitsProcessor):
     """Turns `generate`'s argmax into a draw with the row's own random numbers: a question gets
-     the same answer in any batch. lengths [B]: the prompts' tokens."""
+    the same answer in any batch. lengths [B]: the prompts' tokens."""
 
     def __init__(self, temperature, seeds, lengths):
         self.temperature, self.seeds, self.positions = temperature, seeds, lengths - 1
@@ -171,14 +171,13 @@ class Bench:
         append_line(self.file, line)
         return line
 
-    def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], rows=None, **settings):
-        """The line of these settings: accuracy on n fresh questions (or on `rows`), its interval
-        and evaluations per token."""
-        kinds = sorted({row["kind"] for row in rows}) if rows else list(kinds)
-        line = {"name": name, "n": n, "seed": seed, "kinds": kinds, "settings": settings}
+    def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], **settings):
+        """The line of these settings: accuracy on n fresh questions, its interval and evaluations
+        per token."""
+        line = {"name": name, "n": n, "seed": seed, "kinds": list(kinds), "settings": settings}
         if self.key(line) in self.known:
             return self.known[self.key(line)]
-        rows = rows or questions(n, seed=f"test {seed}", test=True, kinds=kinds, shares=None)
+        rows = questions(n, seed=f"test {seed}", test=True, kinds=kinds, shares=None)
         group, found = "label" if settings.get("labels") else "kind", {}
         for kind in sorted({row[group] for row in rows}):
             part = [row for row in rows if row[group] == kind]
