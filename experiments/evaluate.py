@@ -14,8 +14,7 @@ Wilson's over the questions, at 95%. (`reproduce` has means over models, which s
 seeds.) "sampled" draws the last token of the diffusion at temperature 1, the paper's protocol;
 "greedy" takes the most likely one. Two controls need no iteration at all: the base, greedy, and one
 evaluation of the path on pure noise, at the best of nine times t (chosen on 300 other questions).
-Every result is a line of results.jsonl in the model's folder, and is read from there the next time
-(--again measures anew).
+Every result is a line of results.jsonl in the model's folder, and is read from there the next time.
 
 With --tasks, standard benchmarks through EleutherAI's lm-evaluation-harness, at every T, sampled
 untempered (Section 4.1) and greedily. A question comes as a chat, after --shots solved ones. A
@@ -62,7 +61,7 @@ DECODING = {                                             # generate's own top_k 
     "greedy": {"do_sample": False, "temperature": 0.0}}
 
 # Options that mean nothing with --tasks, and without.
-ONLY_QUESTIONS = ("questions", "tolerances", "guidance", "beams", "again")
+ONLY_QUESTIONS = ("questions", "tolerances", "guidance", "beams")
 ONLY_TASKS = ("shots", "limit", "batch_size", "max_new_tokens", "device", "dtype",
               "run_generated_code")
 
@@ -349,7 +348,6 @@ def parse_args():
         help="measure guidance instead, at the last of --steps")
     add("--beams", type=int, nargs="+", metavar="K",
         help="measure beam search instead, at all --steps")
-    add("--again", action="store_true", help="measure anew what results.jsonl already has")
     add = parser.add_argument_group("standard benchmarks").add_argument
     add("--tasks", metavar="NAME,..",
         help=f"{', '.join(TASKS)}, a .jsonl file, any task of the harness")
@@ -376,7 +374,7 @@ def parse_args():
 
 def benches(args):
     """The models with their results. ValueError: settings of a path for an ordinary checkpoint."""
-    found = [Bench(folder, args.again) for folder in model_folders(args)]
+    found = [Bench(folder) for folder in model_folders(args)]
     ordinary = [str(bench.folder) for bench in found if not bench.is_l2d]
     for option in ("guidance", "beams", *settings_of(args)):
         if ordinary and getattr(args, option) is not None:

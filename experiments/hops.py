@@ -26,10 +26,9 @@ and the next evaluation could go on from there. The methods differ in training:
 
 All else is equal: questions, updates, optimiser, sampling (Euler's method, the most likely token),
 and parameters (`deep` has 0.6% fewer). `paper` has n times and noises for each question, so as many
-evaluations as `unrolled`. No gradient passes through the choice of a proposal; W_v is trained
-through the proposals' x_1. Questions have 1 to 4 links in training, 1 to 6 in the test; in the
-first half of the training the chains grow from 2 links to 6. Results are kept in results.jsonl of
-each model's folder and read from there the next time."""
+evaluations as `unrolled`. Questions have 1 to 4 links in training, 1 to 6 in the test; in the first
+half of the training the chains grow from 2 links to 6. What is trained and measured is not done
+again."""
 
 import argparse
 import random

@@ -109,10 +109,6 @@ def run(command):
         last = text.strip().splitlines()[-1:] or [f"exit code {code}"]
         raise RuntimeError(f"python {command} failed: {last[0]} (see {log})")
 
-def run_chain(commands):
-    for command in commands:
-        run(command)
-
 def run_all(workers):
     """All chains, `workers` at a time, after the seeds' bases have been made."""
     for seed in SEEDS:
@@ -122,8 +118,8 @@ def run_all(workers):
     kept = "".join(row for row in rows if json.loads(row)["kind"] != "fact")
     data.with_name("without-fact.jsonl").write_text(kept, encoding="utf-8")
     with ThreadPoolExecutor(workers) as pool:
-        for chain in [pool.submit(run_chain, chain) for chain in chains()]:
-            chain.result()
+        for done in [pool.submit(lambda chain: [*map(run, chain)], chain) for chain in chains()]:
+            done.result()
 
 def gather():
     """All results of all models in one file, each with the folder that it belongs to."""

@@ -138,10 +138,9 @@ class Bench:
     """A trained model (an L2D or an ordinary checkpoint) with its results.jsonl: `measure` reads
     there or measures."""
 
-    def __init__(self, folder, again=False):
+    def __init__(self, folder):
         self.folder, self.file = folder, Path(folder) / "results.jsonl"
-        lines = [] if again else read_log(self.file, "settings")
-        self.known = {self.key(line): line for line in lines}
+        self.known = {self.key(line): line for line in read_log(self.file, "settings")}
 
     @staticmethod
     def key(line):

@@ -130,7 +130,7 @@ def test_half_a_line_that_a_kill_leaves_of_the_results_is_cut_off(folder, tmp_pa
     Bench(tmp_path).record(line | {"name": "three"})
     names = [json.loads(line)["name"] for line in file.read_text().splitlines()]
     assert names == ["one", "three"]
-    assert len(Bench(tmp_path).known) == 2 and len(Bench(tmp_path, again=True).known) == 0
+    assert len(Bench(tmp_path).known) == 2
 
 
 @pytest.mark.parametrize("what", [{"guidance": [2.0], "beams": None},
