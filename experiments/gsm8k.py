@@ -111,7 +111,7 @@ class Model:
         else:                                            # an untrained path: T = 1 is the base
             base = load_base(folder, dtype=torch.bfloat16)
             self.l2d = L2D(L2DConfig(base_model=str(folder)), base).eval()
-        self.l2d.to(device).merge_lora()
+        self.l2d.to(device)
         self.tokenizer = load_tokenizer(folder, self.l2d.base.config.vocab_size)
 
     def examples(self, file, n):

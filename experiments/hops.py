@@ -4,65 +4,51 @@
     python -m experiments.hops --seeds 0 --methods paper unrolled     a subset, in ten minutes
 
 A question is a table of links between letters, and a letter to start from. The links form three
-chains, and each chain ends in a digit. To which digit does the way from this letter lead?
+chains, each of which ends in a digit. To which digit does the way from this letter lead?
 
     BcDeC7AbEfF2d       A -> b, B -> c, C -> 7 and D -> e, E -> f, F -> 2: from d by e and f to 2
 
 The base is taught to say every link aloud, "ef2". The path is to say "2" at once. A perfect
 predictor of one token needs no steps, since at t = 0 it already is the posterior. Steps can only
 add depth: the two blocks of the path look up one link, but x_t holds the proposals made so far,
-and the next evaluation could go on from there. The methods differ in x_t during training, and in
-the loss that goes with it:
+and the next evaluation could go on from there. The methods differ in training:
 
     paper       Eq. 3: x_t = (1 - t)·x_0 + t·x_1, x_1 of the right answer, t uniform in (0, 1);
                 the loss is on the answer
     sigma3      paper with sigma 3, as in the tiny default, in place of 0.5
     unrolled    x_t is what Euler's method makes of the path's own proposals, in n intervals from
-                noise (n is drawn): at t = i/n, x_t = (1 - t)·x_0 + t·(the mean of i proposals).
-                The base proposes the first link, and the loss of evaluation i is on link i + 1,
-                or on the answer if there are fewer links. In the second half of the training the
-                loss of the last evaluation, at t = 1, is on the answer, however small n is
+                noise (n is drawn). The base proposes the first link, and the loss of evaluation i
+                is on link i + 1, or on the answer if there are fewer links. In the second half of
+                the training the loss of the last evaluation is on the answer, however small n is
     noise       as unrolled, but each evaluation sees (1 - t)·(new noise) in place of x_t
     deep        one evaluation on noise, at t = 0.5, of a path that goes through the LM's layers
                 twice; the loss is on the answer
 
-All else is equal: questions, updates, optimiser and sampling, which is the paper's: Euler's method,
-the most likely token. So are the parameters (`deep` has 0.6% fewer, with a LoRA rank of 16 instead
-of 32 and a conditioning of 40 instead of 64). `paper` has n times and noises for each question, so
-as many evaluations as `unrolled`. Unrolling needs no gradient through the trajectory:
-a proposal is the most likely token, and no gradient passes through that choice. W_v is trained
-through the proposals' x_1, as by Eq. 3 through the answer's.
-
-Questions have 1 to 4 links in training, 1 to 6 in the test, and n is at most 6. In the first half
-of the training the chains grow from 2 links to 6. Each result is a line of results.jsonl in its
-model's folder and is read from there the next time; a training that was stopped goes on from its
-last checkpoint."""
+All else is equal: questions, updates, optimiser, sampling (Euler's method, the most likely token),
+and parameters (`deep` has 0.6% fewer). `paper` has n times and noises for each question, so as many
+evaluations as `unrolled`. Questions have 1 to 4 links in training, 1 to 6 in the test; in the first
+half of the training the chains grow from 2 links to 6. What is trained and measured is not done
+again."""
 
 import argparse
-import json
-import os
 import random
-import shutil
-import signal
 import string
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from experiments.results import append_line, interval, read_log, student
-from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, initial_noise,
-                 solve_fixed, token_losses, velocity)
+from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, diffusion_losses,
+                 estimate, initial_noise, solve_fixed, velocity)
 from support import tiny
 from support.console import check_numbers, console, load
-from train import learning_rate, load_checkpoint, save_checkpoint
+from train import learning_rate
 
 CHAINS, LONGEST = 3, 6                                   # of a table, and links of a chain
 TRAINED = (1, 2, 3, 4)                                   # links of the questions in training
@@ -76,7 +62,7 @@ BASE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_atte
 PATH = dict(dim=64, cond_dim=64, sigma=0.5, lora_rank=32, lora_alpha=32.0, solver="euler")
 OTHER = {"sigma3": dict(sigma=3.0), "deep": dict(cond_dim=40, lora_rank=16, lora_alpha=16.0)}
 OPTIMIZER = dict(betas=(0.9, 0.95), weight_decay=0.01)
-BASE_BATCH, BATCH, UPDATES, SAVE_EVERY = 64, 128, 5000, 250
+BASE_BATCH, BATCH, UPDATES = 64, 128, 5000
 FIRST, ALOUD, ON_NOISE = "first token", "aloud", "one on noise"
 
 # ---- Questions -----------------------------------------------------------------------------------
@@ -197,14 +183,14 @@ def unroll(path, context, n, carry=True):
         if not carry:
             other = replace(context, seeds=context.seeds ^ ((len(seen) + 1) << 50))
             x = (1 - t) * initial_noise(path.config, other)
-        seen.append(path(x, torch.full((1, 1, 1), t), context))
+        seen.append(path(x, t, context))
         return seen[-1]
 
     def dxdt(x, t):
-        logits = context.logits(context.hidden) if t == 0 else evaluate(x, t)
-        return velocity(path, logits, x, t, context)
+        logits = evaluate(x, t) if t > 0 else context.logits(context.main_hidden)
+        return velocity(estimate(path, logits, t, context), x, t)
     x = solve_fixed(dxdt, initial_noise(path.config, context), 0.0, 1.0, n, TABLEAUS["euler"])
-    evaluate(x, 1.0)
+    evaluate(x, x.new_ones(1, 1, 1))
     return torch.cat(seen, dim=1)
 
 def links_to_say(ways, n, late):
@@ -223,7 +209,7 @@ def paper_loss(path, context, ways, n, late):
     parts = []
     for i in range(n):
         other = replace(context, seeds=context.seeds ^ (i << 50))
-        losses, _ = token_losses(path, other, ways[:, -1:])
+        losses, _ = diffusion_losses(path, other, ways[:, -1:])
         parts.append(losses.mean())
     return sum(parts) / n
 
@@ -232,7 +218,8 @@ def deep_loss(path, context, ways, n, late):
 
 def on_noise(path, context, t):
     """Logits [B, 1, V] of one evaluation at t, where x_t is noise alone."""
-    return path.at_shared_time((1 - t) * initial_noise(path.config, context), t, context)
+    x = (1 - t) * initial_noise(path.config, context)
+    return path(x, x.new_full((1, 1, 1), t), context)
 
 class Deep(L2D):
     """An L2D whose path goes through the LM's layers twice, with other LoRA weights."""
@@ -241,10 +228,13 @@ class Deep(L2D):
         super().__init__(config, base)
         self.path = DiffusionPath(config, [*base.model.layers, *base.model.layers])
 
-    def context(self, *args, **kwargs):
-        context = super().context(*args, **kwargs)
-        names = ("layers", "keys", "values", "masks")
-        return replace(context, **{name: [*getattr(context, name)] * 2 for name in names})
+    def read(self, *args, **kwargs):
+        context, lm = super().read(*args, **kwargs), self.base
+        twice = SimpleNamespace(norm=lm.model.norm, layers=[*lm.model.layers] * 2)
+        lm = SimpleNamespace(lm_head=lm.lm_head, model=twice,
+                             get_input_embeddings=lm.get_input_embeddings)
+        names = ("keys", "values", "kinds")
+        return replace(context, lm=lm, **{name: [*getattr(context, name)] * 2 for name in names})
 
 LOSSES = {"paper": paper_loss, "sigma3": paper_loss, "unrolled": unrolled_loss,
           "noise": partial(unrolled_loss, carry=False), "deep": deep_loss}
@@ -279,39 +269,26 @@ def update_loss(step, model, method, seed, updates, vocabulary):
 def train(method, seed, updates):
     """Train a path on the base of a seed, if there is none."""
     folder = model_folder(method, seed, updates)
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return
     torch.manual_seed(seed)
     model = new_model(method, load_base(seed)).train()
-    vocabulary = make_tokenizer().get_vocab()
+    tokenizer = make_tokenizer()
     optimizer = torch.optim.AdamW(model.path.parameters(), **OPTIMIZER)
-    args = SimpleNamespace(out=str(folder), max_steps=updates, lr=3e-3, min_lr=1e-5,
-                           warmup_steps=50)              # as train.py's functions know them
-    folder.mkdir(parents=True, exist_ok=True)
-    done, log_size = load_checkpoint(model, optimizer, args)
+    args = SimpleNamespace(max_steps=updates, lr=3e-3, min_lr=1e-5, warmup_steps=50)
     start = time.process_time()
-    with open(folder / "log.jsonl", "a", buffering=1) as log:
-        log.truncate(log_size)
-        for step in range(done, updates):
-            loss = update_loss(step, model, method, seed, updates, vocabulary)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.path.parameters(), 1.0)
-            if not loss.isfinite():
-                raise RuntimeError(f"{folder}: the loss of step {step + 1} is {loss.item()}")
-            optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-            optimizer.step()
-            optimizer.zero_grad()
-            print(json.dumps({"step": step + 1, "loss": loss.item()}), file=log)
-            if (step + 1) % SAVE_EVERY == 0:
-                save_checkpoint(step + 1, model, optimizer, args)
-    print(f"{folder}: {updates - done:,} updates, {time.process_time() - start:.0f} s of processor "
-          "time", flush=True)
-    making = Path(f"{folder}.making")
-    model.save_pretrained(making)
-    for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-        os.replace(file, folder / file.name)             # the weights last: then all is there
-    making.rmdir()
-    shutil.rmtree(folder / "so-far", ignore_errors=True)
+    for step in range(updates):
+        loss = update_loss(step, model, method, seed, updates, tokenizer.get_vocab())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.path.parameters(), 1.0)
+        if not loss.isfinite():
+            raise RuntimeError(f"{folder}: the loss of step {step + 1} is {loss.item()}")
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(f"{folder}: {updates:,} updates, {time.process_time() - start:.0f} s of processor time",
+          flush=True)
+    tiny.save(folder, model, tokenizer)
 
 # ---- Measuring: {way to answer: its numbers}, by links from 1 to LONGEST -------------------------
 
@@ -324,7 +301,7 @@ def measured(folder, n, measure):
     for line in read_log(file, "ways"):
         if line["n"] == n:
             return line["ways"]
-    ways = measure()
+    ways = measure(n)
     append_line(file, {"n": n, "ways": ways})
     return ways
 
@@ -372,7 +349,7 @@ def measure_path(method, seed, updates, n):
         found = {ON_NOISE: on_noise(path, context, t)}
         if method != "deep":
             found |= {f"T = {T}": diffuse(path, context, T)[0] for T in STEPS}
-        base = context.logits(context.hidden)[:, 0].argmax(-1) == answers
+        base = context.logits(context.main_hidden)[:, 0].argmax(-1) == answers
         for way, logits in found.items():
             right = logits[:, 0].argmax(-1) == answers
             line = ways.setdefault(way, {"accuracy": [], "fixed": 0, "broken": 0, "cost": 1})
@@ -407,21 +384,6 @@ def row(title, lines, n):
             text += f"{mean([line[key] for line in lines]):8.0f}"
     return text
 
-def difference(tables, method, way=None):
-    """Text: `unrolled` with one evaluation for each link of the longest questions in training, less
-    another method, within a seed. Of that one it is the best way to answer, so that no choice of T
-    favours `unrolled`, or the one given."""
-    longest, told = max(TRAINED), []
-    for part in (slice(1, longest), slice(longest, None)):
-        gains = []
-        for ours, theirs in zip(tables["unrolled"], tables[method]):
-            best = max(mean(theirs[name]["accuracy"][part]) for name in ([way] if way else theirs))
-            gains.append(mean(ours[f"T = {longest}"]["accuracy"][part]) - best)
-        half = f" ±{100 * student(gains)[1]:.1f}" if len(gains) > 1 else ""
-        told.append(f"{100 * mean(gains):+.1f}{half}")
-    return (f"unrolled, T = {longest}, less {method}, {way or 'the best of its lines'}: {told[0]} "
-            f"points on 2 to {longest} links, {told[1]} on more")
-
 def report(tables, n):
     """tables: {method: for each seed, what was measured}."""
     print(f"\n{'% right, by number of links':34}"
@@ -435,39 +397,21 @@ def report(tables, n):
           "the 95% interval, over seeds if there are several\ncost: evaluations of the path, or "
           f"tokens of the base; fixed, broken: of {n * LONGEST:,} first tokens of the base\n"
           f"trained parameters: {', '.join(counts)}")
-    if "unrolled" in tables:
-        print(difference(tables, "unrolled", ON_NOISE))
-        for method in tables:
-            if method != "unrolled":
-                print(difference(tables, method))
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def start_process():
-    """In each process of the pool: one thread, no progress bars, and Ctrl-C ends it without a stack
-    trace."""
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-def do_base(seed, n):
-    prepare(seed)
-    return measured(base_folder(seed), n, partial(measure_base, seed, n))
-
-def do_path(job, updates, n):
-    """Train and measure a job: (method, seed)."""
-    train(*job, updates)
-    return measured(model_folder(*job, updates), n, partial(measure_path, *job, updates, n))
-
-def run(args, apply):
-    """The table; apply(function, list) is `map`, or that of a pool of processes."""
-    seeds, methods = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods))
-    tables = {"base": list(apply(partial(do_base, n=args.questions), seeds))}
-    jobs = [(method, seed) for seed in seeds for method in methods]
-    found = apply(partial(do_path, updates=args.updates, n=args.questions), jobs)
-    by_job = dict(zip(jobs, found))
-    for method in methods:
-        tables[method] = [by_job[method, seed] for seed in seeds]
+def run(args):
+    """Train and measure what has not been, and print the table."""
+    seeds, methods, tables = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.methods)), {}
+    for seed in seeds:
+        prepare(seed)
+        found = measured(base_folder(seed), args.questions, partial(measure_base, seed))
+        tables.setdefault("base", []).append(found)
+        for method in methods:
+            job = method, seed, args.updates
+            train(*job)
+            found = measured(model_folder(*job), args.questions, partial(measure_path, *job))
+            tables.setdefault(method, []).append(found)
     report(tables, args.questions)
 
 def main():
@@ -479,15 +423,10 @@ def main():
     add("--updates", type=int, default=UPDATES, help="of each path (default: %(default)s)")
     add("--questions", type=int, default=500,
         help="for each number of links (default: %(default)s)")
-    add("--workers", type=int, default=2,
-        help="processes, of one thread each (default: %(default)s)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=["updates", "questions", "workers"])
+    check_numbers(parser, vars(args), above_0=["updates", "questions"])
     torch.set_num_threads(1)
-    if args.workers == 1:
-        return run(args, map)
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), start_process) as pool:
-        run(args, pool.map)
+    run(args)
 
 if __name__ == "__main__":
     with console("hops.py"):

@@ -22,6 +22,7 @@ from support import tiny
 from support.console import check_numbers, console
 from support.tiny import base_folder
 
+MAIN = "tiny-base-l2d"
 ROOT, FIGURES = Path(__file__).parent.parent, Path(__file__).parent / "figures"
 SEEDS = (0, 1, 2)
 STEPS = (1, 3, 7, 15, 31, 63, 127)
@@ -30,7 +31,7 @@ VARIANTS = {"sigma = 1.5": "--sigma 1.5", "sigma = 6": "--sigma 6",
             "path from scratch": "--path scratch"}
 KINDS = ("fact", "math", "string")
 TRAIN, FINETUNE = "train.py", "-m experiments.finetune"
-EVALUATE, PROCESS = "-m experiments.evaluate", "-m experiments.process"
+EVALUATE = "-m experiments.evaluate"
 
 def variant(name):
     option, value = VARIANTS[name].split()
@@ -47,7 +48,7 @@ def chains():
         b, options = base_folder(seed), f"--seed {seed}"
         steps = " ".join(map(str, STEPS))
         yield [train_command("l2d", options, f"{b}-l2d"),
-               f"{EVALUATE} --out {b}-l2d --steps {steps}", f"{PROCESS} --out {b}-l2d",
+               f"{EVALUATE} --out {b}-l2d --steps {steps}",
                *[train_command(method, options, f"{b}-{method}") for method in ("lora", "full")],
                *[f"{EVALUATE} --out {b}-{method}" for method in ("lora", "full")],
                *(settings() if seed == 0 else [])]
@@ -108,10 +109,6 @@ def run(command):
         last = text.strip().splitlines()[-1:] or [f"exit code {code}"]
         raise RuntimeError(f"python {command} failed: {last[0]} (see {log})")
 
-def run_chain(commands):
-    for command in commands:
-        run(command)
-
 def run_all(workers):
     """All chains, `workers` at a time, after the seeds' bases have been made."""
     for seed in SEEDS:
@@ -121,8 +118,8 @@ def run_all(workers):
     kept = "".join(row for row in rows if json.loads(row)["kind"] != "fact")
     data.with_name("without-fact.jsonl").write_text(kept, encoding="utf-8")
     with ThreadPoolExecutor(workers) as pool:
-        for chain in [pool.submit(run_chain, chain) for chain in chains()]:
-            chain.result()
+        for done in [pool.submit(lambda chain: [*map(run, chain)], chain) for chain in chains()]:
+            done.result()
 
 def gather():
     """All results of all models in one file, each with the folder that it belongs to."""
@@ -156,106 +153,77 @@ class Results:
 def named(T):
     return "base" if T == 1 else f"T = {T}"
 
-def share(mean, low, high):
-    return f"{mean:.1%} | {100 * low:.1f}–{100 * high:.1f}"
+HEAD = ("| | right answers, % | 95% interval | fact | math | string | evaluations |\n"
+        "|---|---:|---:|---:|---:|---:|---:|\n")
 
-def row_over_seeds(title, lines):
-    mean, half = student([line["accuracy"] for line in lines])
-    bounds = share(mean, max(0, mean - half), min(1, mean + half))
-    kinds = (f"{100 * sum(line['by_kind'][kind] for line in lines) / len(lines):.1f}"
-             for kind in KINDS)
-    return f"| {title} | {bounds} | {' | '.join(kinds)} |"
+def average(values):
+    values = list(values)
+    return sum(values) / len(values)
 
-def main_table(results):
-    yield ("| | right answers | 95% interval | fact | math | string |\n"
-           "|---|---:|---:|---:|---:|---:|")
+def row(title, lines):
+    """Means over `lines`; the interval is Student's, or of one line its own."""
+    mean = {key: average(line[key] for line in lines) for key in ("accuracy", "evaluations")}
+    low, high = lines[0]["interval"]
+    if len(lines) > 1:
+        _, half = student([line["accuracy"] for line in lines])
+        low, high = max(0, mean["accuracy"] - half), min(1, mean["accuracy"] + half)
+    kinds = (average(line["by_kind"][kind] for line in lines) for kind in KINDS)
+    cells = [f"{100 * mean['accuracy']:.1f}", f"{100 * low:.1f}–{100 * high:.1f}",
+             *(f"{100 * kind:.1f}" for kind in kinds), f"{mean['evaluations']:.1f}"]
+    return f"| {title} | {' | '.join(cells)} |"
+
+def tables(results):
+    """(title, rows) of all tables but that of the differences."""
+    rows = []
     for kind in ("sampled", "greedy"):
         for T in STEPS:
-            title = "base (T = 1)" if T == 1 else f"T = {T}"
-            lines = results.seeds("-l2d", f"{named(T)}, {kind}")
-            yield row_over_seeds(f"{title}, {kind}", lines)
-        others = (("-l2d", "one evaluation on noise", f"one evaluation on noise, {kind}"),
-                  ("-lora", "base after LoRA finetuning", f"{{m}}, {kind}"),
-                  ("-full", "base after full finetuning", f"{{m}}, {kind}"))
-        for suffix, title, name in others:
-            yield row_over_seeds(f"{title}, {kind}", results.seeds(suffix, name))
+            rows.append(row(f"{named(T)}, {kind}", results.seeds("-l2d", f"{named(T)}, {kind}")))
+        noise = f"one evaluation on noise, {kind}"
+        rows.append(row(noise, results.seeds("-l2d", noise)))
+        for method in ("lora", "full"):
+            lines = results.seeds(f"-{method}", f"{{m}}, {kind}")
+            rows.append(row(f"base after {method} finetuning, {kind}", lines))
+    yield "Accuracy against T, mean over seeds", rows
 
-def difference_table(results):
+    def of_one(model, names):
+        return [row(name, [results.get(model, name)]) for name in names]
+    names = [f"T = {T}{setting}, sampled" for T, setting in (
+        (15, ""), (15, ", velocity=sample"), (15, ", velocity=expectation"), (15, ", solver=euler"),
+        (17, ""), (17, ", solver=rk4"), (15, ", t_end=0.95"), (15, ", t_end=0.6667"))]
+    names += [f"{solver}, {tolerance}, sampled" for solver in ("fehlberg2", "bosh3")
+              for tolerance in ("0.03", "0.003", "0.0003")]
+    yield "Sampling: seed 0, by default midpoint and the most likely token", of_one(MAIN, names)
+    rows = [row(f"{name}, T = {T}", [results.get(variant(name)[4:], f"T = {T}, sampled")])
+            for name in VARIANTS for T in (3, 15)]
+    yield "Training: seed 0, sampled; the default is sigma 3, uniform times, a LoRA path", rows
+    names = [f"guidance {w:g}" for w in (0, 0.5, 1, 1.5, 2, 3)]
+    yield "Guidance: seed 0, questions that only the label decides, T = 15", of_one(MAIN, names)
+    names = [f"T = {T}, {beams} beams" for T in (1, 3, 15) for beams in (1, 5, 15)]
+    yield "Search: seed 0, length-normalised beam search", of_one(MAIN, names)
+    rows = of_one("forget-l2d", ["base, greedy", "T = 15, greedy"])
+    for method in ("lora", "full"):
+        rows += of_one(f"forget-{method}", [f"forget-{method}, greedy"])
+    yield "Forgetting: seed 0, finetuned without facts", rows
+
+def differences(results):
     pairs = (("T = 3, sampled", "base, sampled"), ("T = 7, sampled", "T = 3, sampled"),
              ("T = 15, sampled", "base, sampled"), ("T = 15, sampled", "base, greedy"),
              ("T = 15, greedy", "base, greedy"), ("T = 127, sampled", "T = 15, sampled"),
              ("T = 15, sampled", "one evaluation on noise, sampled"),
              ("T = 15, greedy", "one evaluation on noise, greedy"),
              ("one evaluation on noise, greedy", "base, greedy"))
-    yield "| difference within a seed | points | 95% interval |\n|---|---:|---:|"
+    yield "| | points | 95% interval |\n|---|---:|---:|"
     for one, other in pairs:
         both = zip(results.seeds("-l2d", one), results.seeds("-l2d", other))
         mean, half = student([a["accuracy"] - b["accuracy"] for a, b in both])
         yield (f"| {one} − {other} | {100 * mean:+.1f} | {100 * (mean - half):+.1f} to "
                f"{100 * (mean + half):+.1f} |")
 
-def row(title, line):
-    bounds = share(line["accuracy"], *line["interval"])
-    return f"| {title} | {bounds} | {line['evaluations']:.1f} |"
-
-def ablation_table(results):
-    yield "| | right answers, sampled | 95% interval | evaluations |\n|---|---:|---:|---:|"
-    model = "tiny-base-l2d"
-    yield row("default: sigma 3, LoRA, uniform times, argmax, midpoint, T = 15",
-              results.get(model, "T = 15, sampled"))
-    for velocity in ("sample", "expectation"):
-        line = results.get(model, f"T = 15, velocity={velocity}, sampled")
-        yield row(f"velocity: {velocity}", line)
-    others = ((15, "solver=euler"), (17, ""), (17, "solver=rk4"), (15, "t_end=0.95"),
-              (15, "t_end=0.6667"))
-    for T, setting in others:
-        name = ", ".join(filter(None, (f"T = {T}", setting, "sampled")))
-        yield row(f"T = {T}, {setting or 'midpoint'}", results.get(model, name))
-    for tolerance in ("0.03", "0.003", "0.0003"):
-        for solver in ("fehlberg2", "bosh3"):
-            line = results.get(model, f"{solver}, {tolerance}, sampled")
-            yield row(f"{solver}, tolerance {tolerance}", line)
-    for name in VARIANTS:
-        for T in (3, 15):
-            line = results.get(variant(name).removeprefix("out/"), f"T = {T}, sampled")
-            yield row(f"{name}, T = {T}", line)
-
-def search_table(results):
-    yield "| | right answers | 95% interval | evaluations |\n|---|---:|---:|---:|"
-    for T in (1, 3, 15):
-        for beams in (1, 5, 15):
-            line = results.get("tiny-base-l2d", f"T = {T}, {beams} beams")
-            yield row(f"{named(T)}, {beams} beam{'s' * (beams > 1)}", line)
-
-def guidance_table(results):
-    first = results.get("tiny-base-l2d", "guidance 0")
-    yield (f"| w | all | 95% interval | {' | '.join(first['by_kind'])} |\n|---|---:|---:|"
-           + "---:|" * len(first["by_kind"]))
-    for w in (0, 0.5, 1, 1.5, 2, 3):
-        line = results.get("tiny-base-l2d", f"guidance {w:g}")
-        kinds = " | ".join(f"{100 * value:.1f}" for value in line["by_kind"].values())
-        yield f"| {w:g} | {share(line['accuracy'], *line['interval'])} | {kinds} |"
-
-def forgetting_table(results):
-    yield "| finetuned without facts | fact | math | string |\n|---|---:|---:|---:|"
-    rows = [("base, greedy", "forget-l2d", "base, greedy")]
-    rows += [(f"L2D, T = {T}, greedy", "forget-l2d", f"{named(T)}, greedy") for T in (1, 15)]
-    rows += [(f"{name} finetuning, greedy", f"forget-{method}", f"forget-{method}, greedy")
-             for name, method in (("LoRA", "lora"), ("full", "full"))]
-    for title, model, name in rows:
-        by_kind = results.get(model, name)["by_kind"]
-        yield f"| {title} | " + " | ".join(f"{by_kind[kind]:.1%}" for kind in KINDS) + " |"
-
-TABLES = {"Accuracy against T": main_table, "Differences": difference_table,
-          "Ablations (seed 0)": ablation_table,
-          "Guidance (seed 0, questions that only the label decides, T = 15)": guidance_table,
-          "Search (seed 0, length-normalised beam search)": search_table,
-          "Forgetting (seed 0)": forgetting_table}
-
 def write_tables(results, file):
     parts = ["Made by `python -m experiments.reproduce`; 1,020 fresh questions for each model."]
-    for title, rows in TABLES.items():
-        parts += [f"## {title}", "\n".join(rows(results))]
+    for title, rows in tables(results):
+        parts += [f"## {title}", HEAD + "\n".join(rows)]
+    parts += ["## Differences within a seed", "\n".join(differences(results))]
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -266,29 +234,17 @@ TOKEN = {"sampled": "sampled token", "greedy": "most likely token"}
 LEVELS = ({"color": "0.0", "linestyle": "--"}, {"color": "0.0", "linestyle": ":"},
           {"color": "0.45", "linestyle": "-."}, {"color": "0.65", "linestyle": (0, (6, 1))})
 
-def percent(axes, axis="y"):
-    form = getattr(axes, f"{axis}axis")
-    form.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-
-def errorbar(axes, x, groups, **style):
-    """Means over models with Student's 95% intervals; groups: the models' values at every x."""
-    means, halves = zip(*map(student, groups))
-    axes.errorbar(x, means, halves, capsize=3, **style)
-
-def finish(*all_axes):
-    for axes in all_axes:
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-
-def average(models, key):
-    return sum(model[key] for model in models) / len(models)
+def percent(axes):
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 def draw_tiny(results, axes):
     """Whole answers of the tiny models right, means over three seeds."""
     for kind, style in CURVES.items():
         groups = [[line["accuracy"] for line in results.seeds("-l2d", f"{named(T)}, {kind}")]
                   for T in STEPS]
-        errorbar(axes, STEPS, groups, markersize=4, label=f"L2D, last token {kind}", **style)
+        means, halves = zip(*map(student, groups))
+        axes.errorbar(STEPS, means, halves, capsize=3, markersize=4,
+                      label=f"L2D, last token {kind}", **style)
     noise = "one evaluation on noise, greedy"
     lines = (("base, greedy", "-l2d", "base, greedy"), (noise, "-l2d", noise),
              ("base after LoRA finetuning, greedy", "-lora", "{m}, greedy"),
@@ -334,85 +290,10 @@ def draw_accuracy(results, plt):
         axes.legend(loc="lower right", fontsize=8)
     return figure
 
-def draw_process(results, plt):
-    """Fig. 3: what would be answered along the trajectory, and what a single evaluation does with
-    x_t."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    along = [line["result"] for line in results.seeds("-l2d", "along T = 31")]
-    t = [row["t"] for row in along[0]]
-    for key, label, colour in (("accuracy", "most likely token is right", "tab:orange"),
-                               ("probability", "probability of the right token", "tab:blue")):
-        groups = [[model[i][key] for model in along] for i in range(len(t))]
-        errorbar(left, t, groups, color=colour, marker=".", label=label)
-    left.set(xlabel="t along the trajectory (T = 31)", ylabel="answer tokens",
-             title="What would be answered at each time")
-    shown = [line["result"] for line in results.seeds("-l2d", "shown")]
-    t = [row["t"] for row in shown[0]]
-    for kind, colour in zip(KINDS, ("tab:green", "tab:purple", "tab:red")):
-        for source, style in (("true", "-"), ("noise", ":")):
-            means = [sum(model[i][source]["by_kind"][kind] for model in shown) / len(shown)
-                     for i in range(len(t))]
-            label = f"{kind}, {'the true x_t' if source == 'true' else 'noise alone'}"
-            right.plot(t, means, style, color=colour, label=label)
-    right.set(xlabel="t", title="One evaluation at t: what does x_t tell the path?")
-    percent(left)
-    percent(right)
-    finish(left, right)
-    return figure
-
-def draw_adaptive(results, plt):
-    """Fig. 4: accuracy at equal evaluations, and where the adaptive solvers spend theirs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    names = [name for (model, name), line in results.lines.items()
-             if model == "tiny-base-l2d" and "by_difficulty" in line.get("result", {})]
-    found = {name: [line["result"] for line in results.seeds("-l2d", name)] for name in names}
-    groups = {"fixed steps (midpoint, argmax)": "fixed", "fehlberg2, argmax": "fehlberg2, argmax",
-              "bosh3, argmax": "bosh3, argmax", "fehlberg2, expectation": "fehlberg2, exp",
-              "bosh3, expectation": "bosh3, exp"}
-    for (label, start), marker in zip(groups.items(), "o^s^s"):
-        chosen = [models for name, models in found.items() if name.startswith(start)]
-        left.plot([average(models, "evaluations") for models in chosen],
-                  [average(models, "accuracy") for models in chosen], marker=marker,
-                  linestyle="-" if start == "fixed" else "none", label=label)
-    left.set(xlabel="evaluations per token", ylabel="answer tokens right",
-             title="Accuracy at equal cost")
-    for name in ("bosh3, argmax, 0.0003", "bosh3, expectation, 0.0003",
-                 "fehlberg2, expectation, 0.0003"):
-        bins = [models["by_difficulty"] for models in found[name]]
-        x = [(b["from"] + b["to"]) / 2 for b in bins[0]]
-        used = [[model[i]["evaluations"] for model in bins] for i in range(len(x))]
-        errorbar(right, x, used, marker="o", markersize=4, label=name)
-    right.set(xlabel="base's probability of the right token (hard to easy)",
-              ylabel="evaluations per token", title="Where the evaluations go")
-    percent(left)
-    percent(right, "x")
-    finish(left, right)
-    return figure
-
-def draw_guidance(results, plt):
-    """Fig. 5: accuracy against the guidance scale, by label."""
-    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-    scales = (0, 0.5, 1, 1.5, 2, 3)
-    lines = [results.get("tiny-base-l2d", f"guidance {w:g}") for w in scales]
-    shares = [line["accuracy"] for line in lines]
-    errors = [[line["accuracy"] - line["interval"][0] for line in lines],
-              [line["interval"][1] - line["accuracy"] for line in lines]]
-    axes.errorbar(scales, shares, errors, capsize=3, color="black", marker="o", label="all")
-    for kind in lines[0]["by_kind"]:
-        axes.plot(scales, [line["by_kind"][kind] for line in lines], marker=".",
-                  label=f"label {kind}")
-    axes.set(xlabel="guidance scale w", ylabel="right answers",
-             title=f"{lines[0]['n']} questions that only the label decides (T = 15)")
-    percent(axes)
-    finish(axes)
-    return figure
-
-def draw(results, folder=FIGURES):
+def draw(results):
     import matplotlib.pyplot as plt
-    for function in (draw_accuracy, draw_process, draw_adaptive, draw_guidance):
-        file = folder / f"{function.__name__.removeprefix('draw_')}.png"
-        function(results, plt).savefig(file, dpi=120)
-        print(f"drawn: {file}")
+    draw_accuracy(results, plt).savefig(FIGURES / "accuracy.png", dpi=120)
+    print(f"drawn: {FIGURES / 'accuracy.png'}")
 
 def main():
     parser = argparse.ArgumentParser(

@@ -1,13 +1,23 @@
-"""What the measurements share: intervals, logs, and which trained models to measure."""
+"""What the experiments share: intervals, logs, which models to measure, and the questions to the
+tiny ones."""
 
 import json
 import math
 import os
+from functools import cached_property
+from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
-from support.console import last_run, load
-from support.tiny import base_folder
+from l2d import L2D, gumbel
+from support.chats import render
+from support.console import last_run, load, load_model, load_tokenizer
+from support.tiny import KINDS, base_folder, questions
+
+# What a measurement does not set itself, so that no setting of one reaches the next.
+USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
+ANSWER = 4                              # a stream of random numbers, beside the four of l2d.py
 
 def interval(right, n):
     """Wilson's 95% interval of a share of right answers."""
@@ -75,3 +85,105 @@ def check_questions(parser, args):
     """parser.error where there are too few."""
     if args.questions < 3:
         parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
+
+# ---- Answering, and what has been measured of a model --------------------------------------------
+
+class Sampler(LogitsProcessor):
+    """Turns `generate`'s argmax into a draw with the row's own random numbers: a question gets
+    the same answer in any batch. lengths [B]: the prompts' tokens."""
+
+    def __init__(self, temperature, seeds, lengths):
+        self.temperature, self.seeds, self.positions = temperature, seeds, lengths - 1
+
+    def __call__(self, input_ids, scores):
+        positions, self.positions = self.positions, self.positions + 1
+        if self.temperature == 0:
+            return scores
+        noise = gumbel(scores.shape[-1], self.seeds, positions, ANSWER)
+        return scores.float() / self.temperature + noise
+
+@torch.no_grad()
+def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, **settings):
+    """Answer questions of one kind in one batch, with these settings of the model: (which are
+    right, evaluations per token)."""
+    prompts = [render(tokenizer, row["messages"][:1]) for row in rows]
+    inputs = tokenizer(prompts, return_tensors="pt", add_special_tokens=False, padding=True,
+                       padding_side="left")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    lengths, width = inputs["attention_mask"].sum(1), inputs["input_ids"].shape[1]
+    new = max(len(row["messages"][1]["content"]) for row in rows) + 1
+    seeds = torch.arange(len(rows)) + seed * 1_000_003
+    used = []
+    if isinstance(model, L2D):
+        model.config.update(USUAL | {"steps": 15} | settings)
+        names = model.config.class_names
+        classes = torch.tensor([names.index(row["label"]) for row in rows]) if labels else None
+        inputs |= {"seeds": seeds, "class_ids": classes}
+
+    def count(module, inputs, output):
+        used.append(beams * getattr(output, "evaluations", torch.ones(1)).float().flatten())
+    search = {"logits_processor": [Sampler(temperature, seeds, lengths)]}
+    if beams > 1:
+        search = {"num_beams": beams, "length_penalty": 1.0}
+    with model.register_forward_hook(count):
+        found = model.generate(**inputs, do_sample=False, max_new_tokens=new,
+                               pad_token_id=tokenizer.pad_token_id, **search)[:, width:]
+    ended = (found == tokenizer.eos_token_id).cumsum(1) > 0
+    found = found.masked_fill(ended, tokenizer.pad_token_id)
+    answers = tokenizer.batch_decode(found, skip_special_tokens=True)
+    right = [answer == row["messages"][1]["content"] for answer, row in zip(answers, rows)]
+    return right, torch.cat(used).mean().item()
+
+class Bench:
+    """A trained model (an L2D or an ordinary checkpoint) with its results.jsonl: `measure` reads
+    there or measures."""
+
+    def __init__(self, folder):
+        self.folder, self.file = folder, Path(folder) / "results.jsonl"
+        self.known = {self.key(line): line for line in read_log(self.file, "settings")}
+
+    @staticmethod
+    def key(line):
+        names = ("name", "n", "seed", "kinds", "settings")
+        return json.dumps([line[name] for name in names], sort_keys=True)
+
+    @cached_property
+    def loaded(self):
+        """(model, tokenizer); settings change the model's own configuration."""
+        if self.is_l2d:
+            model = load_model(self.folder)
+        else:
+            model = load(AutoModelForCausalLM, self.folder).eval()
+        return model, load_tokenizer(self.folder, model.get_input_embeddings().num_embeddings)
+
+    @cached_property
+    def is_l2d(self):
+        file = Path(self.folder) / "config.json"
+        if not file.exists():
+            raise OSError(f"{self.folder} holds no trained model (there is no {file}): train one, "
+                          "or name another with --out")
+        return is_path(self.folder)
+
+    def record(self, line):
+        """Append a result to the file."""
+        self.known[self.key(line)] = line
+        append_line(self.file, line)
+        return line
+
+    def measure(self, name, n=1020, seed=0, kinds=KINDS[:3], **settings):
+        """The line of these settings: accuracy on n fresh questions, its interval and evaluations
+        per token."""
+        line = {"name": name, "n": n, "seed": seed, "kinds": list(kinds), "settings": settings}
+        if self.key(line) in self.known:
+            return self.known[self.key(line)]
+        rows = questions(n, seed=f"test {seed}", test=True, kinds=kinds, shares=None)
+        group, found = "label" if settings.get("labels") else "kind", {}
+        for kind in sorted({row[group] for row in rows}):
+            part = [row for row in rows if row[group] == kind]
+            found[kind] = ask(*self.loaded, part, seed, **settings)
+        right = sum(sum(hits) for hits, _ in found.values())
+        return self.record(line | {
+            "accuracy": right / n, "interval": list(interval(right, n)),
+            "evaluations": sum(used for _, used in found.values()) / len(found),
+            "by_kind": {kind: sum(hits) / len(hits) for kind, (hits, _) in found.items()},
+            "evaluations_by_kind": {kind: used for kind, (_, used) in found.items()}})

@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import torch
 
-from experiments.evaluate import USUAL, Bench
-from experiments.results import add_models, add_questions, check_questions, model_folders
-from l2d import TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity
+from experiments.results import (USUAL, Bench, add_models, add_questions, check_questions,
+                                 model_folders)
+from l2d import IGNORE, TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity
 from support.console import check_numbers, console
 from support.tiny import KINDS, SPECIAL, encode, questions
 
@@ -32,34 +32,38 @@ SHARES = (0.1, 0.3)                                      # of t that the path is
 def usual(path, context, targets, **settings):
     """The diffusion as l2d.py has it, with these settings of the model."""
     path.config.update(USUAL | settings)
-    return diffuse(path, context)
+    return diffuse(path, context)[:2]
+
+def at(path, x, t, context):
+    """One evaluation at a time that all share, a number."""
+    return path(x, x.new_full((1, 1, 1), t), context)
 
 def on_truth(path, context, targets, t):
     """One evaluation at t of the true x_t: what could be known, no way to answer."""
-    x_1 = path.vocabulary(context.embedding(targets))
+    x_1 = path.vocabulary(context.lm.get_input_embeddings()(targets.clamp(min=0)))
     x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
-    return path.at_shared_time(x_t, t, context), torch.ones_like(targets)
+    return at(path, x_t, t, context), torch.ones_like(targets)
 
 def fresh_noise(path, context, targets, steps):
     """x_t is made anew at each of T evaluations, at t = 0, 1/(T − 1), .., 1, from the last x̂ and
     fresh noise."""
     times = torch.arange(steps, device=targets.device) / (steps - 1)
-    logits = context.logits(context.hidden)
+    logits = context.logits(context.main_hidden)
     for i, t in enumerate(times.tolist()[1:], start=1):
         other = replace(context, seeds=context.seeds ^ (i << 40))
         before = times[i - 1].expand(*targets.shape, 1)
         x_hat = estimate(path, logits, before, context)
         x = (1 - t) * initial_noise(path.config, other) + t * x_hat
-        logits = path.at_shared_time(x, t, context)
+        logits = at(path, x, t, context)
     return logits, torch.full_like(targets, steps)
 
 def told_noisier(path, context, targets, share, steps):
     """Midpoint, but the path is told the time (1 − share)·t, also for the answer."""
     def evaluate(x, t):
-        return path.at_shared_time(x, (1 - share) * t, context)
+        return at(path, x, (1 - share) * float(t), context)
 
     def dxdt(x, t):
-        return velocity(path, evaluate(x, t), x, t, context)
+        return velocity(estimate(path, evaluate(x, t), t, context), x, t)
     x, n = initial_noise(path.config, context), (steps - 1) // 2
     x = solve_fixed(dxdt, x, 0.0, 1.0, n, TABLEAUS["midpoint"])
     return evaluate(x, 1.0), torch.full_like(targets, steps)
@@ -93,14 +97,14 @@ def sweep(times, starts):
 # ---- Answering -----------------------------------------------------------------------------------
 
 def read(model, input_ids, labels, attention_mask=None, seeds=None):
-    """(context, right tokens [B, N]) of the labelled positions; the seeds tell examples apart."""
-    context, targets = model.read_labelled(input_ids, labels, attention_mask, seeds=seeds)
-    return context, targets.clamp(min=0)
+    """(context, right tokens [B, N], IGNORE in filler) of the labelled positions; the seeds tell
+    examples apart."""
+    return model.read_labelled(input_ids, labels, attention_mask, seeds=seeds)
 
 @torch.no_grad()
 def answer(path, context, targets, way, settings):
     """The scores of one way on the valid tokens, with the example of each."""
-    valid = context.valid
+    valid = targets != IGNORE
     logits, used = way(path, context, targets, **settings)
     return (score(logits[valid], used[valid], targets[valid])
             | {"example": context.seeds[valid]})
@@ -194,7 +198,7 @@ class TinyTokens:
         self.model, self.path = model, model.current_path()
         seeds = torch.arange(n) + seed * 1_000_003
         self.context, self.targets = read(model, ids, labels, seeds=seeds)
-        valid = self.context.valid
+        valid = self.targets != IGNORE
         self.right = self.targets[valid]
         self.kinds = torch.tensor([KINDS.index(row["kind"]) for row in rows])[valid.nonzero()[:, 0]]
 

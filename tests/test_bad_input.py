@@ -35,7 +35,6 @@ TRAIN = ["train.py", "--model", "base", "--data", "chats.jsonl", "--out", "new",
          "--dim", "8", "--cond-dim", "8", "--lora-rank", "2", "--device", "cpu"]
 SAMPLE = ["sample.py", "--out", "path", "--prompt", "12*3", "--steps", "3", "--max-new-tokens", "2", "--device", "cpu"]
 EVALUATE = ["experiments.evaluate", "--out", "path", "--questions", "3", "--steps", "1", "3"]
-PROCESS = ["experiments.process", "--out", "path", "--questions", "3"]
 BENCHMARK = ["experiments.benchmark", "--device", "cpu"]
 CONVERT = ["experiments.convert", "release.safetensors", "--base", "release-base", "--out", "new"]
 
@@ -360,10 +359,6 @@ SCRIPTS = {                                              # name: (what is spoilt
     "measure at steps 2": (nothing, [*EVALUATE, "--steps", "1", "2"], 1, ["steps=2", "1 and 3"]),
     "no questions": (nothing, [*EVALUATE, "--questions", "0"], 2, ["--questions 0", "3 or more"]),
     "measure guidance without classes": (nothing, [*EVALUATE, "--out", "plain", "--guidance", "2"], 1, ["plain", "classes", "--label-column"]),
-    "a figure of one solver": (nothing, [*EVALUATE, "--solver", "bosh3", "--figure", "a.png"], 2, ["--figure", "bosh3"]),
-    "a figure of guidance": (nothing, [*EVALUATE, "--guidance", "1", "--figure", "a.png"], 2, ["--figure", "--guidance"]),
-    "a figure without the base": (nothing, [*EVALUATE, "--steps", "3", "--figure", "a.png"], 2, ["--figure", "--steps", "1"]),
-    "a figure of no format": (nothing, [*EVALUATE, "--figure", "a.docx"], 2, ["a.docx", "png"]),
     "measure a folder of another program": (edit("path/config.json", model_type=None), EVALUATE, 1, ["path", "model_type"]),
     "no beams": (nothing, [*EVALUATE, "--beams", "1", "0"], 2, ["--beams 0", "above 0"]),
     "no tolerance": (nothing, [*EVALUATE, "--solver", "bosh3", "--tolerances", "0.1", "-1"], 2, ["--tolerances -1.0", "above 0"]),
@@ -372,20 +367,14 @@ SCRIPTS = {                                              # name: (what is spoilt
     "guidance of an ordinary checkpoint": (nothing, [*EVALUATE, "--out", "base", "--guidance", "2"], 1, ["base", "--guidance", "trained path"]),
     "a start of an ordinary checkpoint": (nothing, [*EVALUATE, "--out", "base", "--t-start", "0.2"], 1, ["base", "--t-start", "trained path"]),
     "a start at 0 of an ordinary checkpoint": (nothing, [*EVALUATE, "--out", "base", "--t-start", "0"], 1, ["base", "--t-start", "trained path"]),
-    "paths among ordinary checkpoints": (nothing, [*EVALUATE, "--out", "path", "base"], 1, ["base", "by themselves"]),
     "damaged results": (write("path/results.jsonl", "{}\n"), EVALUATE, 1, ["path/results.jsonl", "line 1", "delete"]),
     "no benchmark": (nothing, [*EVALUATE, "--tasks", ","], 2, ["--tasks ','", "gsm8k"]),
     "batches of 0": (nothing, [*EVALUATE, "--tasks", "gsm8k", "--batch-size", "0"], 2, ["--batch-size 0", "above 0"]),
     "beams in a benchmark": (nothing, [*EVALUATE, "--tasks", "gsm8k", "--questions", "1020", "--beams", "3"], 2, ["--beams does nothing with --tasks"]),
     "a dtype without a benchmark": (nothing, [*EVALUATE, "--dtype", "bfloat16"], 2, ["--dtype does nothing without --tasks"]),
     "shots without a benchmark": (nothing, [*EVALUATE, "--shots", "3"], 2, ["--shots does nothing without --tasks"]),
-    "-1 shots": (nothing, ["experiments.harness", "--tasks", "gsm8k", "--shots", "-1"], 2, ["--shots -1", "0 or more"]),
-    "inside nothing": (nothing, [*PROCESS, "--out", "nowhere"], 1, ["nowhere"]),
-    "inside without questions": (nothing, [*PROCESS, "--questions", "0"], 2, ["--questions 0", "3 or more"]),
-    "inside an ordinary checkpoint": (nothing, [*PROCESS, "--out", "base"], 1, ["base", "no path on a tiny base"]),
-    "inside of no tiny base": (other_roles, PROCESS, 1, ["path", "no path on a tiny base"]),
+    "-1 shots": (nothing, [*EVALUATE, "--tasks", "gsm8k", "--shots", "-1"], 2, ["--shots -1", "0 or more"]),
     "hops of seed -1": (nothing, ["experiments.hops", "--seeds", "-1"], 2, ["--seeds -1", "4194303"]),
-    "hops without workers": (nothing, ["experiments.hops", "--workers", "0"], 2, ["--workers 0", "above 0"]),
     "hops without updates": (nothing, ["experiments.hops", "--updates", "0"], 2, ["--updates 0", "above 0"]),
     "hops by no method": (nothing, ["experiments.hops", "--methods", "papers"], 2, ["papers", "paper", "unrolled"]),
     "reproduce without workers": (nothing, ["experiments.reproduce", "--workers", "0"], 2, ["--workers 0", "above 0"]),
@@ -400,9 +389,9 @@ SCRIPTS = {                                              # name: (what is spoilt
     "time steps 2": (nothing, [*BENCHMARK, "--steps", "2"], 1, ["steps=2", "1 and 3"]),
     "time batches of 0": (nothing, [*BENCHMARK, "--batch", "0"], 2, ["--batch 0", "above 0"]),
     "time nothing": (nothing, [*BENCHMARK, "--rounds", "0"], 2, ["--rounds 0", "above 0"]),
+    "time a shape of a model": (nothing, [*BENCHMARK, "--out", "path", "--shape", "small"], 2, ["--shape", "--out"]),
+    "time other data of a shape": (nothing, [*BENCHMARK, "--data", "chats.jsonl"], 2, ["--data", "--out"]),
     "time an absent device": (nothing, [*BENCHMARK, "--device", "cuda:77"], 1, ["cuda:77", "cpu"]),
-    "times into no folder": (nothing, [*BENCHMARK, "--json", "none/times.jsonl"], 1, ["none/times.jsonl"]),
-    "soak without kills": (nothing, ["experiments.soak", "--kills", "0"], 2, ["--kills 0", "above 0"]),
     # converting
     "convert nothing": (nothing, [CONVERT[0], "none.pt", *CONVERT[2:]], 1, ["none.pt"]),
     "convert half": (cut("release.safetensors", 0.5), CONVERT, 1, ["release.safetensors", "damaged"]),
@@ -423,8 +412,6 @@ SCRIPTS = {                                              # name: (what is spoilt
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts(name, here, capsys):
     spoil, (script, *args), expected, texts = SCRIPTS[name]
-    if "--figure" in args:
-        pytest.importorskip("matplotlib")                # experiments/requirements.txt
     spoil()
     before = contents(here)
     code, lines = call(script, args, capsys)

@@ -181,22 +181,21 @@ def test_the_library_generates_on_the_device(simulated):
                {"do_sample": True, "num_return_sequences": 2}]
     expected = [answers(IDS, **option) for option in options[:2]]
     with simulated():
-        model.to("meta").merge_lora()
+        model.to("meta")
         found = [answers(IDS.to("meta"), **option) for option in options]
     assert [one.held.tolist() for one in found[:2]] == [one.tolist() for one in expected]
     assert found[2].shape == (6, 13)
 
 
-def test_thinking_ahead_and_the_trace(simulated):
+def test_the_trace(simulated):
     model = exact_l2d()
-    def tokens_and_trace(ids):
-        rounds = model.generate_ahead(ids, 9, seeds=SEEDS[:1], class_ids=torch.tensor([1]))
+    def tokens(ids):
         rows = sample.trace(model, ids, torch.tensor([1]), SEEDS[:1])
-        return [token for found, _ in rounds for token in found], [row["token"] for row in rows]
-    expected = tokens_and_trace(IDS[:1])
+        return [row["token"] for row in rows]
+    expected = tokens(IDS[:1])
     with simulated():
         model.to("meta")
-        assert tokens_and_trace(IDS[:1].to("meta")) == expected
+        assert tokens(IDS[:1].to("meta")) == expected
 
 
 # ---- The scripts ---------------------------------------------------------------------------------

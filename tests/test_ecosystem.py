@@ -246,8 +246,8 @@ def test_pipelines_take_folders_and_chats(here, tokenizer):
 
 def test_the_harness_asks_all_its_kinds_of_questions(model, tokenizer):
     pytest.importorskip("lm_eval")                       # experiments/requirements.txt
-    from experiments import harness
-    lm_eval = harness.import_harness()
+    from experiments import evaluate
+    lm_eval = evaluate.import_harness()
     Instance = lm_eval.api.instance.Instance
     lm = lm_eval.models.huggingface.HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=2, device="cpu")
     ask = lambda kind, *requests: getattr(lm, kind)([Instance(kind, {}, request, i) for i, request in enumerate(requests)])
@@ -267,13 +267,12 @@ def test_a_chat_with_a_system_prompt(here, monkeypatch, capsys):
     assert run("sample.py", "--out", "l2d", "--interactive", "--system", "be brief", "--steps", "3", "--max-new-tokens", "4") == 0
     first = "<|system|>be brief<|end|><|user|>1*2<|end|><|assistant|>"
     assert prompts[0] == first and prompts[1].startswith(first) and prompts[1].endswith("<|user|>@abc<|end|><|assistant|>")
-    assert re.search(r"T = 3, midpoint: 3.0 evaluations per token \(3 to 3\), [\d.]+ diffusions per token, \d tokens", capsys.readouterr().out)
+    assert re.search(r"T = 3.* evaluations per token.* passes.* \d tokens", capsys.readouterr().out)
 
 
 def test_ctrl_c_in_mid_answer_keeps_what_is_there(here, monkeypatch, capsys):
     """The words held back, what they cost, and exit code 130."""
     command, calls, diffuse = ["sample.py", "--out", "l2d", "--prompt", "12*3", "--steps", "3", "--temperature", "0"], [], l2d.diffuse
-    command += ["--ahead", "1"]                          # a token for every diffusion
     assert run(*command, "--max-new-tokens", "5") == 0
     whole, cost = capsys.readouterr().out.splitlines()[1:]
     def interrupted(*args, **kwargs):
@@ -283,7 +282,7 @@ def test_ctrl_c_in_mid_answer_keeps_what_is_there(here, monkeypatch, capsys):
     assert run(*command) == 130
     text, cost_too, end = capsys.readouterr().out.splitlines()[1:]
     assert text == whole and len(text) > 2 and end == "stopped"
-    assert ", 5 tokens, " in cost and cost_too.split(" tokens,")[0] == cost.split(" tokens,")[0]
+    assert " 5 tokens, " in cost and cost_too.split(" tokens,")[0] == cost.split(" tokens,")[0]
 
 
 # ---- The model card --------------------------------------------------------------------------------------------------
@@ -369,7 +368,7 @@ def test_training_and_answering_by_hand(here, tokenizer):
 # ---- Packages beyond requirements.txt ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("package, command", [
-    ("matplotlib", ["evaluate", "--out", "l2d", "--figure", "a.png"]), ("matplotlib", ["reproduce", "--draw"]),
+    ("matplotlib", ["reproduce", "--draw"]),
     ("lm_eval", ["evaluate", "--out", "l2d", "--tasks", "gsm8k"])])
 def test_a_missing_package_is_one_line_that_says_what_to_install(here, monkeypatch, capsys, package, command):
     for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
@@ -390,11 +389,9 @@ def test_the_librarys_trainer_saves_the_path(model, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_quantised_base_takes_lora_alone_and_no_merging(here):
+def test_a_quantised_base_takes_lora_alone(here):
     base = AutoModelForCausalLM.from_pretrained("base")
     base.is_quantized, base.config.quantization_config = True, {"load_in_8bit": True}       # what the library says of such a base
     with pytest.raises(ValueError, match="path=full needs a base that is not quantised: use lora"):
         L2D(L2DConfig(path="full"), base)
-    model = L2D(L2DConfig(dim=8, cond_dim=8), base)
-    with pytest.raises(ValueError, match="leave out merge_lora"):
-        model.merge_lora()
+    L2D(L2DConfig(dim=8, cond_dim=8), base)

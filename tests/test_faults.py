@@ -2,7 +2,7 @@
 
 Training runs of twelve updates are killed, starved of disk and interrupted. However that goes, `--resume` must end at the very
 bytes of a run that nothing disturbed. Each run is a fork of this process (a start without the seconds that imports take), so
-kill -9 is a real one; experiments/soak.py does the same to runs started as users start them.
+kill -9 is a real one.
 """
 
 import ctypes

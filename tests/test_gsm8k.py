@@ -44,15 +44,15 @@ def test_a_way_that_changes_nothing_is_the_usual_one(data):
 @torch.no_grad()
 def test_single_evaluations_and_fresh_noise(data):
     """At t = 1 no noise is left: the true x_1, or that of the base's most likely token."""
-    path, context, valid = data.path, data.context, data.context.valid
-    x_1 = path.table(context.embedding)
+    path, context, valid = data.path, data.context, data.targets != -100
+    x_1 = path.table(context.lm.get_input_embeddings())
     found, used = answer(data, tokens.on_truth, t=1.0)
-    expected = path.at_shared_time(x_1[data.targets], 1.0, context)
+    expected = tokens.at(path, x_1[data.targets.clamp(min=0)], 1.0, context)
     torch.testing.assert_close(found[valid], expected[valid])
     assert (used == 1).all()
-    best = context.logits(context.hidden).argmax(-1)
+    best = context.logits(context.main_hidden).argmax(-1)
     found, used = answer(data, tokens.fresh_noise, steps=2)
-    torch.testing.assert_close(found[valid], path.at_shared_time(x_1[best], 1.0, context)[valid])
+    torch.testing.assert_close(found[valid], tokens.at(path, x_1[best], 1.0, context)[valid])
     assert (used == 2).all()
     noise, _ = answer(data, tokens.usual, steps=1, t_start=0.2)
     assert not torch.allclose(noise, answer(data, tokens.on_truth, t=0.2)[0], atol=1e-3)

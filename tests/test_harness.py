@@ -1,4 +1,4 @@
-"""Tests of harness.py: python -m pytest tests/test_harness.py (seconds on a CPU, no network).
+"""Tests of evaluate.py: python -m pytest tests/test_evaluate.py (seconds on a CPU, no network).
 
 A random base with a byte-level tokenizer, a path on it, and a handful of questions in files made here.
 """
@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from experiments import evaluate, harness
+from experiments import evaluate
 from experiments.results import interval
 from l2d import L2D, L2DConfig
 from support.console import console
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def spy(lm_eval, monkeypatch):
     """Every request that reaches the model, with its answer: [(T, its arguments, the answer)]."""
-    seen, HFLM = [], harness.import_harness().models.huggingface.HFLM
+    seen, HFLM = [], evaluate.import_harness().models.huggingface.HFLM
     for method in ("generate_until", "loglikelihood"):
         def call(lm, requests, do=getattr(HFLM, method)):
             answers = do(lm, requests)
@@ -72,7 +72,7 @@ def spy(lm_eval, monkeypatch):
 
 def run(folder, task="rows.jsonl", model="model", **options):
     options = dict(steps=[1, 3], shots=2, max_new_tokens=12, batch_size=4) | options
-    return harness.run([folder / model], [str(folder / task)], **options)
+    return evaluate.run([folder / model], [str(folder / task)], **options)
 
 
 def answers(seen, T, greedy):
@@ -132,7 +132,7 @@ def test_sampling_is_untempered(folder, lm_eval, monkeypatch):
     monkeypatch.setattr(L2D, "generate", spied)
     run(folder, steps=[1], limit=1)
     (sampled, config), (greedy, _) = seen
-    assert {key: sampled[key] for key in harness.DECODING["sampled"]} == harness.DECODING["sampled"]
+    assert {key: sampled[key] for key in evaluate.DECODING["sampled"]} == evaluate.DECODING["sampled"]
     assert not greedy["do_sample"] and "temperature" not in greedy and "top_p" not in greedy
     assert config.temperature in (None, 1.0) and config.top_p in (None, 1.0) and config.eos_token_id == 1
 
@@ -144,7 +144,7 @@ def test_results(folder, lm_eval, monkeypatch, capsys):
         asked = [int(request.args[0].split(" plus ")[-1].split("?")[0]) for request in requests]
         prompts.extend(zip(asked, (request.args[0] for request in requests)))
         return [f"So it is\n#### {2 * k}" if k % 2 else "#### 1" for k in asked]
-    monkeypatch.setattr(harness.import_harness().models.huggingface.HFLM, "generate_until", generate_until)
+    monkeypatch.setattr(evaluate.import_harness().models.huggingface.HFLM, "generate_until", generate_until)
     command = f"evaluate.py --tasks {folder}/rows.jsonl --out {folder}/model --steps 1 3 --shots 2 --max-new-tokens 9 --seed 5"
     monkeypatch.setattr(sys, "argv", command.split())
     (folder / "model" / "benchmarks.jsonl").unlink(missing_ok=True)
@@ -189,5 +189,5 @@ def test_missing_package_is_one_line(monkeypatch):
 
 def test_evaluate_is_the_package(lm_eval):
     """`import evaluate` in a task of the harness is the package, not experiments/evaluate.py."""
-    harness.import_harness()
+    evaluate.import_harness()
     assert hasattr(sys.modules["evaluate"], "load") and sys.modules["evaluate"] is not evaluate

@@ -67,7 +67,7 @@ def test_the_scripts_work_without_experiments_and_tests(copy):
     assert "2 steps of 4" in run("train.py", "--model", "out/base", "--data", "out/base/train.jsonl", *QUICK)
     assert {"config.json", "model.safetensors", "log.jsonl", "README.md"} <= {file.name for file in (folder / "out/base-l2d").iterdir()}
     answers = run("sample.py", "--steps", 3, "--max-new-tokens", 3, "--trace", "--device", "cpu")
-    assert answers.count("(right: ") == 9 and "T = 3, midpoint: 3.0 evaluations per token" in answers
+    assert answers.count("(right: ") == 9 and "T = 3" in answers and "evaluations per token" in answers
 
 
 def test_the_tiny_default_trains_once_its_base_is_there(copy):
@@ -150,8 +150,33 @@ def lines(file):
     return file.read_text(encoding="utf-8").splitlines()
 
 
-def test_support_is_small():
-    assert sum(len(lines(file)) for file in OWN if file.parent.name == "support") <= 600
+def total(files):
+    return sum(len(lines(file)) for file in files)
+
+
+MOST = {"l2d.py": 1050, "train.py": 300, "sample.py": 140, "README.md": 160, "experiments/README.md": 400}
+STILL_LONGER = pytest.mark.xfail(reason="is being rewritten")
+
+
+@pytest.mark.parametrize("name", [name if name.startswith("exp") else pytest.param(name, marks=STILL_LONGER) for name in MOST])
+def test_no_file_is_too_long(name):
+    assert total([ROOT / name]) <= MOST[name]
+
+
+def test_support_and_experiments_are_small():
+    assert total(file for file in OWN if file.parent.name == "support") <= 600
+    real = [file for file in OUTER if file.stem in ("gsm8k", "smollm2", "tokens")]     # to become one file
+    assert total(OUTER) - total(real) <= 2040
+    assert sum(len(lines(file)) > 0 for file in OUTER) <= 11
+
+
+def test_experiments_have_three_floors():
+    """At most: what all share, then what imports it, then what imports that."""
+    def floor(name):
+        return 1 + max([floor(other) for other in GRAPH[name] if area(other) == 3], default=0)
+    floors = {name: floor(name) for name in GRAPH if area(name) == 3}
+    assert max(floors.values()) <= 3, floors
+    assert [name for name, height in floors.items() if height == 3] in ([], ["experiments.gsm8k"])
 
 
 @pytest.mark.parametrize("file", OWN, ids=lambda file: file.name)

@@ -252,11 +252,11 @@ def test_T_counts_evaluations_for_all_fixed_solvers_and_T(model, solver, T, guid
     model.config.update({"solver": solver, "guidance": guidance})
     paid, cost = [], len(TABLEAUS[solver].c)
     def evaluate(path, x, t, context):
-        paid.append(t)
-        return torch.zeros(1, context.hidden.shape[1], 97)
+        paid.append(t.max().item())
+        return torch.zeros(1, context.main_hidden.shape[1], 97)
     with pytest.MonkeyPatch.context() as patch:
         calls = observed(patch)
-        patch.setattr(CachedPath, "at_shared_time", evaluate)
+        patch.setattr(CachedPath, "forward", evaluate)
         try:
             output = model(torch.tensor([[5]]), steps=T)
             assert len(calls) == T == output.evaluations.item() and calls[0] == 0

@@ -20,9 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from experiments import memory
 from experiments.finetune import Finetuned
-from experiments.shapes import SHAPES, model_of, shape
 from l2d import L2D, L2DConfig
 from support import chats, console, processes, tiny
 from test_faults import RUN, pause, result, run, start, step_of, wait, wait_for, whole  # noqa: F401 (whole: a fixture)
@@ -279,30 +277,3 @@ def test_full_finetuning_trains_in_float32_and_computes_in_the_dtype_of_the_base
     torch.testing.assert_close(logits.float(), exact.flatten(0, 1), atol=2e-2, rtol=2e-2)
     model(ids, labels=ids, num_items_in_batch=1).loss.backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.path.parameters())
-
-
-@pytest.mark.parametrize("kind, hidden, layers, heads, kv_heads, mlp, dim, cond_dim, rank, length", [
-    (LlamaConfig, 256, 3, 4, 2, 768, 32, 64, 8, 128), (LlamaConfig, 256, 4, 8, 2, 512, 64, 32, 4, 256),
-    (Qwen3Config, 128, 2, 4, 4, 512, 16, 16, 4, 512)])
-@pytest.mark.parametrize("on", [False, True])
-def test_the_table_of_memory_counts_what_pytorch_keeps(kind, hidden, layers, heads, kv_heads, mlp, dim, cond_dim, rank, length, on):
-    base = AutoModelForCausalLM.from_config(shape(kind, 500, hidden, layers, heads, kv_heads, mlp, head_dim=hidden // heads),
-                                            dtype=torch.bfloat16)
-    model = L2D(L2DConfig(dim=dim, cond_dim=cond_dim, lora_rank=rank), base).train()
-    model.path.gradient_checkpointing = on
-    ids = torch.randint(500, (2, length))
-    kept, _, _ = bytes_kept(model, input_ids=ids, labels=ids.masked_fill(torch.arange(length) < length // 2, -100))
-    counted = memory.training(base, model, 2, length, length // 2, on)
-    if on:                                               # before the backward pass: no block is open, none of its weights copied
-        plain = memory.training(base, model, 2, length, length // 2)
-        block = (plain["activations"] - counted["activations"] + length * layers * 2 * hidden) / (layers - 1)
-        expected = counted["activations"] - block
-    else:
-        expected = counted["activations"] + counted["keys"] + counted["trained"] / 9          # the copies in bfloat16
-    assert kept == pytest.approx(expected, rel=0.1)
-
-
-def test_sizes_are_those_of_the_published_models():
-    sizes = {"smollm2-135m": 134_515_008, "qwen3-0.6b": 596_049_920, "llama-1b": 1_235_814_400, "qwen-1.5b": 1_543_714_304,
-             "mistral-7b": 7_248_023_552, "qwen-7b": 7_615_616_512, "llama-8b": 8_030_261_248}
-    assert {name: model_of(SHAPES[name])[0].num_parameters() for name in sizes} == sizes
