@@ -72,7 +72,7 @@ def split(data, out):
         if file.exists() and file.read_text(encoding="utf-8") != text:
             raise ValueError(f"{file} holds other rows than {data}: take another --out")
         if not file.exists():
-            write_whole(file, text.encode())
+            write_whole(file, lambda making: making.write_text(text, encoding="utf-8"))
 
 def train(method, args):
     """Train one method, or what is left of it. RuntimeError: it failed."""
@@ -223,7 +223,8 @@ def measure(args):
 def keep(lines):
     """Put lines into the table of this repository, in the place of earlier ones of that name."""
     known = {(line["rows"], line["name"]): line for line in read_log(TABLE, "rows") + lines}
-    write_whole(TABLE, "".join(json.dumps(line) + "\n" for line in known.values()).encode())
+    text = "".join(json.dumps(line) + "\n" for line in known.values())
+    write_whole(TABLE, lambda making: making.write_text(text, encoding="utf-8"))
 
 # ---- Tables --------------------------------------------------------------------------------------
 

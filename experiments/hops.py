@@ -226,7 +226,7 @@ class Deep(L2D):
 
     def __init__(self, config, base):
         super().__init__(config, base)
-        self.path = DiffusionPath(config, [*base.model.layers, *base.model.layers])
+        self.path = DiffusionPath(config, [*base.model.layers] * 2, partial(path_linear, config))
 
     def read(self, *args, **kwargs):
         context, lm = super().read(*args, **kwargs), self.base

@@ -69,8 +69,8 @@ def test_finetuning_the_base_writes_an_ordinary_checkpoint(folder, method):
                  cwd=folder)
     assert "accuracy_T1" in output and "t<0.2" not in output
     log = (folder / method / "log.jsonl").read_text()
-    lines = [json.loads(line) for line in log.splitlines()]
-    assert lines[-1]["val_loss"] < lines[2]["val_loss"]
+    losses = [line["val_loss"] for line in map(json.loads, log.splitlines()) if "val_loss" in line]
+    assert losses[-1] < losses[0]
     model, base = (AutoModelForCausalLM.from_pretrained(folder / name) for name in (method, "base"))
     old, new = dict(base.named_parameters()), dict(model.named_parameters())
     changed = {name for name, p in new.items() if (p != old[name]).any()}
