@@ -85,15 +85,15 @@ def lines_of(bench, args):
     """(name, settings) of every line, in order."""
     both = ((1.0, "sampled"), (0.0, "greedy"))
     others = settings_of(args)
-    told = told(others)
+    suffix = told(others)
     if not bench.is_l2d:
         name = Path(bench.folder).name
         return [(f"{name}, {kind}", {"temperature": tau}) for tau, kind in both]
     if args.guidance:
-        return guidance_lines(bench, args, others, told)
+        return guidance_lines(bench, args, others, suffix)
     if args.beams:
         same = {"temperature": 0.0, **others}
-        return [(f"T = {T}, {beams} beams{told}", {"steps": T, "beams": beams, **same})
+        return [(f"T = {T}, {beams} beams{suffix}", {"steps": T, "beams": beams, **same})
                 for T in args.steps for beams in args.beams]
     if args.solver and TABLEAUS[args.solver].error:
         return [(f"{args.solver}, {tol:g}, {kind}",
@@ -101,21 +101,21 @@ def lines_of(bench, args):
                 for tol in args.tolerances for tau, kind in both]
     lines = []
     for T in args.steps:
-        name, what = ("base", {}) if T == 1 else (f"T = {T}{told}", others)
+        name, what = ("base", {}) if T == 1 else (f"T = {T}{suffix}", others)
         lines += [(f"{name}, {kind}", {"steps": T, "temperature": tau, **what})
                   for tau, kind in both]
     t = best_time(bench)
     return lines + [(f"one evaluation on noise, {kind}",
                      {"steps": 1, "t_start": t, "temperature": tau}) for tau, kind in both]
 
-def guidance_lines(bench, args, others, told):
+def guidance_lines(bench, args, others, suffix):
     names = bench.loaded[0].config.class_names
     if not {*LABELS} <= {*names}:
         raise ValueError(f"{bench.folder} cannot be guided by the questions' labels "
                          f"{', '.join(LABELS)}: its classes are {', '.join(names) or 'none'}; "
                          "train it with --label-column label")
     same = {"steps": args.steps[-1], "kinds": KINDS[3:], "labels": True, **others}
-    return [(f"guidance {w:g}{told}", {"guidance": w, **same}) for w in args.guidance]
+    return [(f"guidance {w:g}{suffix}", {"guidance": w, **same}) for w in args.guidance]
 
 def best_time(bench):
     """The time at which one evaluation of the path on noise answers best, greedily, on 300 other

@@ -45,7 +45,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from experiments.results import append_line, interval, read_log, student
 from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, diffusion_losses,
-                 estimate, initial_noise, solve_fixed, velocity)
+                 estimate, initial_noise, path_linear, solve_fixed, velocity)
 from support import tiny
 from support.console import check_numbers, console, load
 from train import learning_rate

@@ -220,15 +220,6 @@ def test_several_answers_to_a_prompt_differ(model, tokenizer, monkeypatch):
     assert seen[0] == [5, 5, 5, 6, 6, 6]
 
 
-def test_a_padded_batch_of_texts_is_answered_as_each_alone(model, tokenizer):
-    texts = [PROMPT, "<|user|>123*45<|end|><|assistant|>"]
-    inputs = encode(tokenizer, *texts)
-    together = model.generate(**inputs, seeds=torch.tensor([5, 6]), do_sample=False, max_new_tokens=6)[:, inputs["input_ids"].shape[1]:]
-    for text, seed, ids in zip(texts, (5, 6), together):
-        alone = encode(tokenizer, text)
-        assert torch.equal(model.generate(**alone, seeds=torch.tensor([seed]), do_sample=False, max_new_tokens=6)[0, -6:], ids)
-
-
 def test_pipelines_take_folders_and_chats(here, tokenizer):
     pipe = pipeline("text-generation", model="l2d", device="cpu")            # by name: importing l2d has registered it
     pipe.tokenizer.padding_side = "left"                 # transformers 5.0 leaves that to the user

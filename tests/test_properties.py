@@ -87,19 +87,6 @@ def test_batch_padding_and_what_fills_it_change_nothing(batch, steps, extra, lef
 
 
 @few
-@given(batches(), T, st.randoms(use_true_random=False))
-def test_order_of_rows_changes_nothing(batch, steps, rng):
-    rows, seeds, classes, kind = batch
-    model, order = MODELS[kind], rng.sample(range(len(rows)), len(rows))
-    inputs, others = padded(rows), padded([rows[i] for i in order])
-    with torch.no_grad():
-        straight = model(**inputs, seeds=seeds, class_ids=classes, steps=steps).logits
-        mixed = model(**others, seeds=seeds[order], class_ids=classes[order], steps=steps).logits
-    real = inputs["attention_mask"][order] == 1
-    same(mixed[real], straight[order][real])
-
-
-@few
 @given(batches(), T, st.lists(st.integers(1, 4), min_size=1, max_size=8))
 def test_cache_and_the_size_of_its_pieces_change_nothing(batch, steps, sizes):
     """The same sequence in pieces, of any lengths, through a growing cache."""

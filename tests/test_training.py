@@ -18,7 +18,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 from experiments.finetune import Finetuned
 from l2d import L2D, L2DConfig
