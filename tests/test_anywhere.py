@@ -180,6 +180,7 @@ assert max(cuts) - min(cuts) < 2e-3, cuts
 
 
 def test_two_processes_of_accelerate_train_it(world):
+    """On the CPU, with gloo. (accelerate's own --cpu asks for mpirun; --multi_gpu is its name for torchrun.)"""
     pytest.importorskip("accelerate")
     (world / "launched.py").write_text(TRAINER + """
 losses, trainer = run("launched", ddp_backend="gloo", max_steps=3)
@@ -187,8 +188,8 @@ assert trainer.accelerator.num_processes == 2
 if trainer.is_world_process_zero():
     print("losses", losses)
 """)
-    out = fresh(world, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "launched.py")
+    out = fresh(world, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no", "launched.py")
     assert "losses" in out
     model = AutoModelForCausalLM.from_pretrained(world / "launched/checkpoint-3")
     assert all(p.isfinite().all() for p in model.path.parameters())
