@@ -66,18 +66,26 @@ def build(name, device, dtype, **settings):
 
 def random_prefixes(model, args):
     V = model.base.config.vocab_size
-    return torch.randint(V, (max(args.tokens, args.flips), args.context)).tolist()
+    return torch.randint(V, (positions(args), args.context)).tolist()
+
+def positions(args):
+    """How many are wanted: three batches at least."""
+    return args.flips or max(args.tokens, 3 * max(args.batch))
 
 def answer_prefixes(model, args):
-    """The tokens before every answer token of the data, in random order."""
+    """The tokens before answer tokens of the data, in random order. ValueError: there are too few.
+    """
     tokenizer = load_tokenizer(args.out, model.base.config.vocab_size)
     data = args.data or str(Path(model.config.base_model) / "test.jsonl")
     most = model.base.config.max_position_embeddings
     examples, _ = encode(read_file(data), tokenizer, most)
     places = [(e["input_ids"], k) for e in examples
               for k in range(e["answer"], len(e["input_ids"]))]
+    if len(places) < positions(args):
+        raise ValueError(f"{data} has {len(places):,} answer tokens, and {positions(args):,} are "
+                         "wanted: take more data or smaller numbers")
     random.Random(0).shuffle(places)
-    return [list(ids[:k]) for ids, k in places]
+    return [list(ids[:k]) for ids, k in places[:positions(args)]]
 
 @torch.no_grad()
 def read(model, prefixes, first):
@@ -88,19 +96,18 @@ def read(model, prefixes, first):
     for row, prefix in enumerate(prefixes):
         ids[row, S - len(prefix):], mask[row, S - len(prefix):] = torch.tensor(prefix), 1
     ids, mask, cache = ids.to(model.device), mask.to(model.device), DynamicCache()
-    positions = (mask[:, :-1].cumsum(1) - 1).clamp(min=0)
-    context = model.read(model.kept(ids, 1), ids, mask[:, :-1], positions, cache,
+    places = (mask[:, :-1].cumsum(1) - 1).clamp(min=0)
+    context = model.read(model.kept(ids, 1), ids, mask[:, :-1], places, cache,
                          seeds=first + torch.arange(B))
 
     @torch.no_grad()
     def base():
-        model.base(ids[:, -1:], mask, positions[:, -1:] + 1, cache)
+        model.base(ids[:, -1:], mask, places[:, -1:] + 1, cache)
         cache.crop(-1)
     return context, base
 
 def batches(model, prefixes, size, count):
     """Contexts of `count` positions, `size` at a time."""
-    count = min(count, len(prefixes))
     for first in range(0, count - count % size, size):
         yield read(model, prefixes[first:first + size], first)
 

@@ -390,6 +390,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "time nothing": (nothing, [*BENCHMARK, "--rounds", "0"], 2, ["--rounds 0", "above 0"]),
     "time a shape of a model": (nothing, [*BENCHMARK, "--out", "path", "--shape", "small"], 2, ["--shape", "--out"]),
     "time other data of a shape": (nothing, [*BENCHMARK, "--data", "chats.jsonl"], 2, ["--data", "--out"]),
+    "time too few tokens": (nothing, [*BENCHMARK, "--out", "path", "--data", "chats.jsonl", "--flips", "100000"], 1, ["chats.jsonl", "100,000"]),
     "time an absent device": (nothing, [*BENCHMARK, "--device", "cuda:77"], 1, ["cuda:77", "cpu"]),
     # converting
     "convert nothing": (nothing, [CONVERT[0], "none.pt", *CONVERT[2:]], 1, ["none.pt"]),

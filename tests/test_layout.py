@@ -166,7 +166,7 @@ def test_no_file_is_too_long(name):
 def test_support_and_experiments_are_small():
     assert total(file for file in OWN if file.parent.name == "support") <= 600
     real = [file for file in OUTER if file.stem in ("gsm8k", "smollm2", "tokens")]     # to become one file
-    assert total(OUTER) - total(real) <= 2040
+    assert total(OUTER) - total(real) <= 2050
     assert sum(len(lines(file)) > 0 for file in OUTER) <= 11
 
 
