@@ -309,7 +309,11 @@ def finish(model, args, kind):
     out, making = Path(args.out), Path(f"{args.out}.making")
     model.save_pretrained(making)
     base_model = None if os.path.isdir(args.model) else args.model
-    data = ModelCardData(library_name="transformers", tags=[kind], base_model=base_model)
+    relation = "adapter" if base_model and kind == "l2d" else None
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=[kind],
+        base_model=base_model, base_model_relation=relation,
+        datasets=None if os.path.exists(args.data) else [args.data.split(":")[0]])
     keys = (*SETTINGS, "max_steps", "batch_size", "lr")
     settings = ", ".join(f"{key} {getattr(args, key)}" for key in keys)
     validations = [line for line in open(out / "log.jsonl") if "val_loss" in line]

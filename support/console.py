@@ -102,7 +102,7 @@ def load_model(folder, **settings):
 
 def load_tokenizer(name, vocab_size=math.inf):
     """A tokenizer for chats. ValueError: no template, no eos, or ids that the model has not."""
-    tokenizer = load(AutoTokenizer, name)
+    tokenizer = load(AutoTokenizer, name, padding_side="left")     # saved so, for pipelines
     for what in ("chat_template", "eos_token"):
         if getattr(tokenizer, what) is None:
             raise ValueError(f"the tokenizer of {name} has no {what}: take an instruction-tuned LM")
