@@ -241,6 +241,14 @@ class DiffusionPath(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[2].weight)
         nn.init.zeros_(self.output_weight[2].weight)
+        if self.config.init == "tied":
+            # f = W_vᵀ x_t, of rms 1. A tied head then gives token j the logit
+            # e_j·W_vᵀ x_t = z_j·x_t: up to |z_j|, what Bayes' rule makes of x_t.
+            first, last = self.x_embedder[0].weight, self.x_embedder[2].weight
+            nn.init.orthogonal_(first, gain=0.3)    # small, since SiLU(x) is near x/2 for small x
+            W_v = self.vocabulary.proj.weight.detach()
+            scale = 2 / 0.3**2 * math.sqrt(len(last)) / W_v.norm()
+            last.data = scale * W_v.T @ first.detach().T
 
     def condition(self, t, class_ids):
         """Embedding of time, t [B, N, 1], plus that of the class: [B, N, C], or [B, 2N, C] with
@@ -537,6 +545,7 @@ def choose(logits, temperature, seeds, positions):
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's layout
 PATHS = ("lora", "full", "scratch")
+INITS = ("paper", "tied")
 TIMESTEPS = ("uniform", "cosmap")
 VELOCITIES = ("argmax", "sample", "expectation")
 IGNORE = -100                                       # label of a position that is not learnt
@@ -549,6 +558,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     dim, cond_dim    d, the size of x_t, and C, the size of the conditioning
     sigma            noise scale; sigma / sqrt(dim) decides at which t the token shows in the noise
     path             "lora", "full" (trained copies of the layers) or "scratch" (fresh ones)
+    init             where x_embedder starts: "paper" (random) or "tied" (a path that reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
     May change at any time, and are checked when they do (`update` changes several at once):
@@ -563,9 +573,10 @@ class L2DConfig(transformers.PreTrainedConfig):
     model_type = "l2d"
 
     def __init__(self, base_model="", text_config=None, dim=256, cond_dim=256, sigma=64.0,
-                 path="lora", lora_rank=32, lora_alpha=32.0, class_names=(), class_dropout=0.2,
-                 timesteps="uniform", steps=15, solver="midpoint", velocity="argmax", guidance=1.0,
-                 t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000, **kwargs):
+                 path="lora", lora_rank=32, lora_alpha=32.0, init="paper", class_names=(),
+                 class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint",
+                 velocity="argmax", guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4,
+                 max_evaluations=1000, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         if kwargs.pop("self_condition", False):             # an option of the first version
@@ -579,9 +590,9 @@ class L2DConfig(transformers.PreTrainedConfig):
         super().__init__(**kwargs)
         self.update(dict(
             dim=dim, cond_dim=cond_dim, sigma=sigma, path=path, lora_rank=lora_rank,
-            lora_alpha=lora_alpha, class_dropout=class_dropout, timesteps=timesteps, steps=steps,
-            solver=solver, velocity=velocity, guidance=guidance, t_start=t_start, t_end=t_end,
-            atol=atol, rtol=rtol, max_evaluations=max_evaluations))
+            lora_alpha=lora_alpha, init=init, class_dropout=class_dropout, timesteps=timesteps,
+            steps=steps, solver=solver, velocity=velocity, guidance=guidance, t_start=t_start,
+            t_end=t_end, atol=atol, rtol=rtol, max_evaluations=max_evaluations))
 
     def update(self, changes):
         """Change several settings together. ValueError: they do not fit; then none is changed."""
@@ -646,7 +657,8 @@ def check_settings(s):
     def require(good, name, rule):
         if not good:
             raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
-    choices = {"path": PATHS, "timesteps": TIMESTEPS, "velocity": VELOCITIES, "solver": TABLEAUS}
+    choices = {"path": PATHS, "init": INITS, "timesteps": TIMESTEPS, "velocity": VELOCITIES,
+               "solver": TABLEAUS}
     for name, known in choices.items():
         require(getattr(s, name) in known, name, f"is unknown; use one of {', '.join(known)}")
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):

@@ -464,6 +464,25 @@ def test_initial_values():
         assert p.std().item() == pytest.approx(std, rel=0.15), name
 
 
+@pytest.mark.parametrize("cond_dim", [32, 48, 8])
+@torch.no_grad()
+def test_a_tied_start_scores_tokens_as_bayes_does(cond_dim):
+    """Where the head is tied, token j's logit of f alone is z_j·x_t, for the z_j of Eq. 5. With
+    C < d, f sees a projection of x_t. T = 1 stays the base's."""
+    base = tiny_base(tie_word_embeddings=True)
+    model = tiny_l2d(base=base, perturb=False, init="tied", cond_dim=cond_dim)
+    embed, E = model.path.x_embedder, base.model.embed_tokens.weight
+    x, first = 0.1 * torch.randn(500, 16), embed[0].weight / 0.3    # |x| < 1: SiLU is nearly x/2
+    seen = x @ first.T @ first
+    assert torch.allclose(seen, x, atol=1e-6) == (cond_dim >= 16)
+    z = E @ model.path.vocabulary.proj.weight.T
+    both = torch.stack([(embed(x) @ E.T).flatten(), (seen @ z.T).flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.999
+    rms = embed(torch.randn(500, 16)).pow(2).mean().sqrt().item()
+    assert rms == pytest.approx(min(1, cond_dim / 16) ** 0.5, rel=0.15)
+    assert torch.equal(model(IDS, steps=1).logits, base(IDS).logits)
+
+
 def test_a_new_path_is_the_identity_on_the_embedded_noise():
     """With all gates zero, f leaves the blocks as it came: what is added is w_d(t)·u."""
     model = tiny_l2d(perturb=False)

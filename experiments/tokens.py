@@ -17,7 +17,8 @@ import torch
 
 from experiments.evaluate import USUAL, Bench
 from experiments.results import add_models, add_questions, check_questions, model_folders
-from l2d import TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity
+from l2d import (TABLEAUS, TIME, diffuse, estimate, initial_noise, solve_fixed, uniform,
+                 velocity)
 from support.console import check_numbers, console
 from support.tiny import KINDS, SPECIAL, encode, questions
 
@@ -39,6 +40,22 @@ def on_truth(path, context, targets, t):
     x_1 = path.vocabulary(context.embedding(targets))
     x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
     return path.at_shared_time(x_t, t, context), torch.ones_like(targets)
+
+def bayes(path, context, targets, t):
+    """What the true x_t at t tells whoever knows the points of all tokens exactly, with the base's
+    probabilities as the prior: log p(j) + t·x_1(j)·x_t / ((1 − t)·sigma)². (All |x_1(j)| are
+    equal.) The best that any path can read from it, but for what it knows beyond the base."""
+    x_1 = path.vocabulary(context.embedding(targets))
+    x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
+    score = t / ((1 - t) * path.config.sigma) ** 2 * (x_t @ path.table(context.embedding).T)
+    return context.logits(context.hidden) + score, torch.ones_like(targets)
+
+def at_uniform_times(path, context, targets):
+    """One evaluation of the true x_t at a time drawn for each token: the loss in training."""
+    t = uniform(1, context.seeds, context.positions, TIME)
+    x_1 = path.vocabulary(context.embedding(targets))
+    x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
+    return path(x_t, t, context), torch.ones_like(targets)
 
 def fresh_noise(path, context, targets, steps):
     """x_t is made anew at each of T evaluations, at t = 0, 1/(T − 1), .., 1, from the last x̂ and
