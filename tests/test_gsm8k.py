@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import gsm8k, tokens
-from l2d import L2D, L2DConfig
+from l2d import L2D, L2DConfig, initial_noise, token_losses
 from support import tiny
 
 torch.set_num_threads(1)
@@ -56,6 +56,32 @@ def test_single_evaluations_and_fresh_noise(data):
     assert (used == 2).all()
     noise, _ = answer(data, tokens.usual, steps=1, t_start=0.2)
     assert not torch.allclose(noise, answer(data, tokens.on_truth, t=0.2)[0], atol=1e-3)
+
+
+@torch.no_grad()
+def test_bayes_reader_knows_the_token_as_far_as_the_noise_lets_it(data):
+    """Its odds are those of the densities of x_t: at t = 0 the base's, near t = 1 the right token."""
+    path, context, valid = data.path, data.context, data.context.valid
+    base = context.logits(context.hidden).log_softmax(-1)
+    found, used = answer(data, tokens.bayes, t=0.0)
+    torch.testing.assert_close(found.log_softmax(-1), base)
+    assert (used == 1).all()
+    assert (answer(data, tokens.bayes, t=0.99)[0].argmax(-1) == data.targets)[valid].all()
+    table, t = path.table(context.embedding), 0.6
+    x_t = (1 - t) * initial_noise(path.config, context) + t * table[data.targets]
+    density = torch.distributions.Normal(t * table, (1 - t) * 3.0).log_prob(x_t[..., None, :])
+    expected = (base + density.sum(-1)).log_softmax(-1)
+    found = answer(data, tokens.bayes, t=t)[0].log_softmax(-1)
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_uniform_times_give_the_loss_of_training(data):
+    logits, _ = answer(data, tokens.at_uniform_times)
+    targets = data.targets.masked_fill(~data.context.valid, -100)
+    losses, _ = token_losses(data.path, data.context, targets)
+    found = tokens.score(logits[data.context.valid], torch.ones(len(losses)), data.right)
+    torch.testing.assert_close(-found["logp"][:, 0], losses)
 
 
 def test_scores_by_hand():
@@ -191,6 +217,8 @@ def test_another_sigma_with_few_ways(run, monkeypatch, capsys):
     (["--updates", "2"], "is of max_steps = 1, not 2"),
     (["--sigma", "16"], "is of sigma = 64.0, not 16.0"),
     (["--seed", "1"], "is of seed = 0, not 1"),
+    (["--init", "tied"], "is of init = paper, not tied"),
+    (["--batch-size", "8"], "is of batch_size = 16, not 8"),
     (["--device", "cuda:77"], "there is no device cuda:77"),
     (["--data", "base/config.json"], "holds other rows than base/config.json")])
 def test_what_does_not_fit_is_refused(run, monkeypatch, options, words):
