@@ -241,14 +241,19 @@ class DiffusionPath(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[2].weight)
         nn.init.zeros_(self.output_weight[2].weight)
-        if self.config.init == "tied":
-            # f = W_vᵀ x_t, of rms 1. A tied head then gives token j the logit
-            # e_j·W_vᵀ x_t = z_j·x_t: up to |z_j|, what Bayes' rule makes of x_t.
-            first, last = self.x_embedder[0].weight, self.x_embedder[2].weight
-            nn.init.orthogonal_(first, gain=0.3)    # small, since SiLU(x) is near x/2 for small x
-            W_v = self.vocabulary.proj.weight.detach()
-            scale = 2 / 0.3**2 * math.sqrt(len(last)) / W_v.norm()
-            last.data = scale * W_v.T @ first.detach().T
+
+    @torch.no_grad()
+    def read_state(self, head, x_1, size):
+        """config.init = "tied": begin with f = M x_t, where M solves head_j·M ≈ x_1(j) for tokens j
+        by least squares: head [.., D], x_1 [.., d]. The head's logits of f are then x_1(j)·x_t, all
+        that Bayes' rule takes from x_t. f has the `size` (root mean square) of the LM's hidden
+        state: added to a much larger one, it would not be heard before w(t) has grown as much."""
+        first, last = self.x_embedder[0].weight, self.x_embedder[2].weight
+        nn.init.orthogonal_(first, gain=0.3)            # small, since SiLU(x) is near x/2 there
+        A = head.T @ head
+        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
+        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
+        last.copy_(2 / 0.3**2 * size * math.sqrt(len(M)) / M.norm() * M @ first.T)
 
     def condition(self, t, class_ids):
         """Embedding of time, t [B, N, 1], plus that of the class: [B, N, C], or [B, 2N, C] with
@@ -558,7 +563,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     dim, cond_dim    d, the size of x_t, and C, the size of the conditioning
     sigma            noise scale; sigma / sqrt(dim) decides at which t the token shows in the noise
     path             "lora", "full" (trained copies of the layers) or "scratch" (fresh ones)
-    init             where x_embedder starts: "paper" (random) or "tied" (a path that reads x_t)
+    init             where x_embedder starts: "paper" (at random) or "tied" (it reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
     May change at any time, and are checked when they do (`update` changes several at once):
@@ -800,11 +805,24 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
             self.path = DiffusionPath(config, base.model.layers)
+            if config.init == "tied":
+                self.read_state()
         self.merging, self.compiled, self.derived = False, None, {}
         self.post_init()
 
     def init_weights(self):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
+
+    @torch.no_grad()
+    def read_state(self):
+        """Start the path as one that reads x_t: see `DiffusionPath.read_state`."""
+        base, V = self.base, self.base.config.vocab_size
+        n = min(V, 4 * base.config.hidden_size)         # tokens enough, all over the vocabulary
+        ids = torch.linspace(0, V - 1, n, device=base.device).long()
+        x_1 = self.path.vocabulary(base.model.embed_tokens(ids))
+        hidden = self.run_base(ids[None, ::n // 64 + 1], None, None, DynamicCache()).float()
+        size = hidden.pow(2).mean(-1).sqrt().median()
+        self.path.read_state(base.lm_head.weight[ids].float(), x_1, size)
 
     # The cache's one rule: it exists in evaluation mode, and holds for the weights that it was made
     # from. train(), eval() and every change of a weight that torch can see drop it. After a loss
