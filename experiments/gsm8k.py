@@ -143,6 +143,10 @@ class Model:
             save_tensors(found | {"stamp": stamp}, file)
         return found
 
+def plain(*words):
+    """The name of a file of scores."""
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", " ".join(map(str, words)))
+
 class Bench:
     """What is measured of the models in args.out, on the rows "test" or "choose"."""
 
@@ -162,10 +166,21 @@ class Bench:
                 folder = Path(self.args.out) / method if method != "base" else self.args.model
                 self.models = {method: Model(folder, self.args.device)}
             examples = self.models[method].examples(Path(self.args.out) / f"{rows}.jsonl", n)
-            plain = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{rows} {n} {method} {name}")
-            self.known[key] = self.models[method].scores(
-                examples, way, settings, self.folder / f"{plain}.safetensors", f"{rows}: {name}")
+            file = self.folder / f"{plain(rows, n, method, name)}.safetensors"
+            self.known[key] = self.models[method].scores(examples, way, settings, file,
+                                                         f"{rows}: {name}")
         return self.known[key]
+
+    def over_other(self, scores, name):
+        """The `gains` over the same way of the path in the folder --against. (One evaluation on
+        noise may have another time there.) ValueError: it was not measured there."""
+        start = plain("test", self.args.rows, "l2d", name.split(", t =")[0])
+        pattern = f"{start}-t-*" if ", t =" in name else start
+        files = sorted((Path(self.args.against) / "tokens").glob(f"{pattern}.safetensors"))
+        if not files:
+            raise ValueError(f"{self.args.against} has no {pattern!r}: measure it there first, "
+                             "with the same --rows")
+        return gains(scores, load_tensors(files[0]))
 
     def base(self, rows="test"):
         return self.measure(*way_steps(1), method="base", rows=rows)
@@ -223,6 +238,8 @@ def measure(args):
         line = {"rows": "test", "name": name} | training | summary(*shared(scores, bench.base()))
         if method == "l2d" and COMPARE in args.steps:
             line["over"] = gains(scores, bench.measure(*way_steps(COMPARE)))
+        if method == "l2d" and args.against and line["examples"] == lines[0]["examples"]:
+            line["against"] = bench.over_other(scores, name)
         lines.append(line)
     return lines + [{"rows": "choose", "name": name} | training | line for name, line in swept]
 
@@ -253,7 +270,8 @@ def print_tables(lines):
     for name, line in parts["test"]:
         cells = (f"{one['sampled'][0]:.1%} / {one['loss'][0]:.2f}" for one in line["sharpened"])
         print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
-    report_over(parts["test"])
+    report_over(parts["test"], "over", f"T = {COMPARE}")
+    report_over(parts["test"], "against", "the path of --against")
     if parts["choose"]:
         print("\non the rows for choices")
         report(parts["choose"])
@@ -285,6 +303,7 @@ def parse_args():
         help="of the adaptive solver, fehlberg2 (default: 0.03 0.0003)")
     add("--only-steps", action="store_true",
         help="of the path, measure only --steps, one evaluation on noise and the true x_t")
+    add("--against", help="--out of another run: also print the gains over its path")
     add("--table", action="store_true", help="print the table of experiments/figures, no more")
     args = parser.parse_args()
     check_numbers(parser, vars(args), above_0=("updates", "batch_size", "rows", "long_rows", "choose_rows",

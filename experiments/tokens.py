@@ -176,17 +176,18 @@ def summary(scores, base):
     return line
 
 def gains(scores, other):
-    """What one way has over another on the same tokens: {"greedy", "sampled"}, as `mean` has it."""
+    """What one way has over another on the same tokens: {"greedy", "sampled", "loss"}, each as
+    `mean` has it."""
     a, b = shared(scores, other)
-    p, q = a["logp"][:, 0].exp(), b["logp"][:, 0].exp()
+    p, q = a["logp"][:, 0], b["logp"][:, 0]
     return {"greedy": mean(a["hit"].float() - b["hit"].float(), a["example"]),
-            "sampled": mean(p - q, a["example"])}
+            "sampled": mean(p.exp() - q.exp(), a["example"]), "loss": mean(q - p, a["example"])}
 
 def shared(scores, other):
     """Both scores, of the examples that both have, in the same order."""
     def ordered(one, examples):
         keep = torch.isin(one["example"], examples)
-        kept = {name: tensor[keep] for name, tensor in one.items()}
+        kept = {name: tensor[keep] for name, tensor in one.items() if tensor.dim()}
         order = kept["example"].argsort(stable=True)
         return {name: tensor[order] for name, tensor in kept.items()}
     common = scores["example"][torch.isin(scores["example"], other["example"])]
@@ -226,14 +227,16 @@ def report(lines):
         print(f"{name:36}{cells}{line['loss'][0]:7.2f}{100 * line['calibration']:6.1f}%"
               f"{line['fixed']:7}{line['broken']:7}{line['evaluations']:13.1f}{line['tokens']:8}")
 
-def report_over(lines):
-    """What was also compared with T = COMPARE on the same tokens."""
-    print(f"\nover T = {COMPARE}, on the same tokens: most likely, sampled")
-    for name, line in lines:
-        if "over" in line:
-            (greedy, a), (sampled, b) = line["over"]["greedy"], line["over"]["sampled"]
-            print(f"{name:36}{100 * greedy:+8.1f} ±{100 * a:4.1f}{100 * sampled:+8.1f} "
-                  f"±{100 * b:4.1f}")
+def report_over(lines, key="over", other=f"T = {COMPARE}"):
+    """What was also compared with another way, or another path, on the same tokens."""
+    lines = [(name, line[key]) for name, line in lines if key in line]
+    if lines:
+        print(f"\nover {other}, on the same tokens: most likely, sampled, loss")
+    for name, gain in lines:
+        cells = "".join(f"{100 * gain[key][0]:+8.1f} ±{100 * gain[key][1]:4.1f}"
+                        for key in ("greedy", "sampled"))
+        loss = "{:+9.3f} ±{:.3f}".format(*gain["loss"]) if "loss" in gain else ""
+        print(f"{name:36}{cells}{loss}")
 
 def measure(bench, n, seed):
     tokens, found = TinyTokens(bench, n, seed), {}

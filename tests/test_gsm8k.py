@@ -116,6 +116,7 @@ def test_summary_counts_what_changed():
     assert sum(band["tokens"] for band in line["bands"]) == 4
     over = tokens.gains({name: x[2:] for name, x in moved.items()}, base)      # of one example
     assert (over["greedy"][0], over["sampled"][0]) == pytest.approx((0.5, 0.4135), abs=1e-3)
+    assert over["loss"][0] == pytest.approx(-1.5, abs=1e-3)      # one of two: by its logit, 3
 
 
 def test_shared_examples_are_put_in_order():
@@ -160,7 +161,7 @@ def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
                          "base after full finetuning", "T = 15", "T = 31"]
     long = next(line for line in lines if line["name"] == "T = 31")
     assert (long["examples"], long["evaluations"]) == (3, 31)
-    assert set(long["over"]) == {"greedy", "sampled"}
+    assert set(long["over"]) == {"greedy", "sampled", "loss"}
     adaptive = [line for line in lines if line["name"].startswith("fehlberg2, ")]
     assert [line["name"] for line in adaptive] == ["fehlberg2, 0.03", "fehlberg2, 0.0003"]
     assert adaptive[0]["evaluations"] <= adaptive[1]["evaluations"] <= gsm8k.CAP
@@ -211,6 +212,18 @@ def test_another_sigma_with_few_ways(run, monkeypatch, capsys):
     monkeypatch.setattr(gsm8k, "OUT", "out/other")       # not even in the default folder does it replace the paper's
     run(monkeypatch, *options, "--out", "out/other", "--sigma", "16", "--dim", "32", "--lora-rank", "4", "--seed", "5")
     assert open(run.folder / "table.jsonl").read() == table
+
+
+def test_two_paths_are_compared_on_the_same_tokens(run, monkeypatch, capsys):
+    """Against itself a path gains nothing; what the other lacks is asked for."""
+    options = OPTIONS + ["--methods", "l2d", "--only-steps"]
+    run(monkeypatch, *options, "--against", "out/gsm8k")
+    lines = capsys.readouterr().out.split("over the path of --against")[1].split("on the rows")[0]
+    assert "T = 15" in lines and "uniform t" in lines and "one evaluation on noise" in lines
+    numbers = re.findall(r"[+±] *([0-9.]+)", lines)
+    assert len(numbers) >= 6 * 9 and set(map(float, numbers)) == {0.0}
+    with pytest.raises(ValueError, match="out/none has no 'test-6-l2d-T-1-the-base'|has no"):
+        run(monkeypatch, *options, "--against", "out/none")
 
 
 @pytest.mark.parametrize("options, words", [
