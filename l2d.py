@@ -289,6 +289,19 @@ class DiffusionPath(nn.Module):
             nn.init.zeros_(block.adaLN_modulation[2].weight)
         nn.init.zeros_(self.output_weight[2].weight)
 
+    @torch.no_grad()
+    def read_state(self, head, x_1, size):
+        """config.init = "tied": begin with f = M x_t, where M solves head_j·M ≈ x_1(j) for tokens j
+        by least squares: head [.., D], x_1 [.., d]. The head's logits of f are then x_1(j)·x_t, all
+        that Bayes' rule takes from x_t. f has the `size` (root mean square) of the LM's hidden
+        state: added to a much larger one, it would not be heard before w(t) has grown as much."""
+        first, last = self.x_embedder[0].weight, self.x_embedder[2].weight
+        nn.init.orthogonal_(first, gain=0.3)            # small, since SiLU(x) is near x/2 there
+        A = head.T @ head
+        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
+        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
+        last.copy_(2 / 0.3**2 * size * math.sqrt(len(M)) / M.norm() * M @ first.T)
+
     def condition(self, t, class_ids):
         """The embedding of time t [B, N, 1] plus that of the class [B, N]: [B, N, C]."""
         c = self.t_embedder(time_features(t, self.config.cond_dim))
@@ -576,6 +589,7 @@ def draft_and_check(path, context, x_0, size, weights, times):
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's layout
 PATHS = ("lora", "full", "scratch")
+INITS = ("paper", "tied")
 TIMESTEPS = ("uniform", "cosmap")
 VELOCITIES = ("argmax", "sample", "expectation")
 SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -583,7 +597,7 @@ SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_at
 
 DEFAULTS = dict(
     dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0,
-    class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
+    init="paper", class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
     guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000)
 SETTINGS = {*DEFAULTS, "class_names", "base_model", "base_revision", "base_checksum"}
 
@@ -594,6 +608,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     dim, cond_dim    d, the size of x_t, and C, the size of the conditioning
     sigma            noise scale; sigma / sqrt(dim) decides at which t the token shows in the noise
     path             "lora", "full" (trained copies of the layers) or "scratch" (fresh ones)
+    init             where x_embedder starts: "paper" (at random) or "tied" (it reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
     May change at any time, and are checked when they do (`update` changes several at once):
@@ -688,7 +703,8 @@ def check_settings(s):
     def require(good, name, rule):
         if not good:
             raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
-    choices = {"path": PATHS, "timesteps": TIMESTEPS, "velocity": VELOCITIES, "solver": TABLEAUS}
+    choices = {"path": PATHS, "init": INITS, "timesteps": TIMESTEPS, "velocity": VELOCITIES,
+               "solver": TABLEAUS}
     for name, known in choices.items():
         require(getattr(s, name) in known, name, f"is unknown; use one of {', '.join(known)}")
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
@@ -847,11 +863,24 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
             self.path = DiffusionPath(config, base.model.layers, partial(path_linear, config))
+            if config.init == "tied":
+                self.read_state()
         self.cached = None                              # or (stamp of the weights, CachedPath)
         self.post_init()
 
     def init_weights(self):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
+
+    @torch.no_grad()
+    def read_state(self):
+        """Start the path as one that reads x_t: see `DiffusionPath.read_state`."""
+        base, V = self.base, self.base.config.vocab_size
+        n = min(V, 4 * base.config.hidden_size)         # tokens enough, all over the vocabulary
+        ids = torch.linspace(0, V - 1, n, device=base.device).long()
+        x_1 = self.path.vocabulary(base.model.embed_tokens(ids))
+        hidden = self.run_base(ids[None, ::n // 64 + 1], None, None, DynamicCache()).float()
+        size = hidden.pow(2).mean(-1).sqrt().median()
+        self.path.read_state(base.lm_head.weight[ids].float(), x_1, size)
 
     # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
     # of a weight that torch counts drop it.

@@ -471,6 +471,32 @@ def test_initial_values():
         assert p.std().item() == pytest.approx(std, rel=0.15), name
 
 
+@pytest.mark.parametrize("cond_dim", [16, 48, 8])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_a_tied_start_scores_tokens_as_bayes_does(tied, cond_dim):
+    """Token j's logit of f alone is x_1(j)·x_t, as far as any f = M x_t can have the head give it:
+    for a tied head all but entirely. With C < d, f sees a projection of x_t. T = 1 stays the base's."""
+    base = tiny_base(tie_word_embeddings=tied)
+    model = tiny_l2d(base=base, perturb=False, init="tied", cond_dim=cond_dim)
+    embed, x = model.path.x_embedder, torch.randn(500, 16)
+    first = embed[0].weight / 0.3
+    seen = x @ first.T @ first
+    assert torch.allclose(seen, x, atol=1e-5) == (cond_dim >= 16)
+    x_1, head = table(model), base.lm_head.weight
+    best = seen @ torch.linalg.lstsq(head, x_1).solution.T @ head.T
+    logits = embed(0.1 * x) @ head.T                            # small x: SiLU is x/2
+    assert torch.corrcoef(torch.stack([logits.flatten(), best.flatten()]))[0, 1] > 0.98
+    bayes = seen @ x_1.T
+    if tied:                                                    # then the head has room for all
+        assert torch.corrcoef(torch.stack([logits.flatten(), bayes.flatten()]))[0, 1] > 0.95
+        assert (logits.argmax(-1) == bayes.argmax(-1)).float().mean() > 0.7
+    hidden = model.run_base(IDS, None, None, DynamicCache())
+    size = hidden.pow(2).mean().sqrt() * min(1, cond_dim / 16) ** 0.5
+    assert embed(x).pow(2).mean().sqrt().item() == pytest.approx(size.item(), rel=0.3)
+    assert torch.equal(model(IDS, steps=1).logits, base(IDS).logits)
+
+
 def test_a_new_path_is_the_identity_on_the_embedded_noise():
     """With all gates zero, f leaves the blocks as it came: what is added is w_d(t)·u."""
     model = tiny_l2d(perturb=False)

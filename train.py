@@ -27,14 +27,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from l2d import IGNORE, PATHS, TIMESTEPS, L2D, L2DConfig, diffuse, diffusion_losses
+from l2d import (IGNORE, INITS, PATHS, TIMESTEPS, L2D, L2DConfig, diffuse,
+                 diffusion_losses)
 from support import chats, console, processes, tiny
 from support.processes import from_first, rank, world
 
 TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, cond_dim=64,
             max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
-SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps")
+SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "init",
+            "timesteps")
 CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "shard", "lr", "min_lr",
               "clip", "eval_every", "save_every")                # by --resume
 FLAG = dict(action=argparse.BooleanOptionalAction, default=False)
@@ -58,6 +60,7 @@ def make_parser(description=__doc__):
     add("--path", choices=PATHS, default="lora", help="LoRA, trained copies of layers, or new ones")
     add("--lora-rank", type=int, default=32, help="rank of the updates")
     add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
+    add("--init", choices=INITS, default="paper", help="random, or reading x_t from the start")
     add("--timesteps", choices=TIMESTEPS, default="uniform", help="how t is drawn")
     add = parser.add_argument_group("optimisation (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")

@@ -31,10 +31,10 @@ import torch
 from tqdm.auto import tqdm
 
 from experiments.results import is_path, read_log
-from experiments.tokens import (COMPARE, SHARES, answer, gains, on_truth, read, report, report_over,
-                                shared, summary, sweep, usual, way_from, way_noise, way_steps,
-                                way_told)
-from l2d import L2D, L2DConfig
+from experiments.tokens import (COMPARE, SHARES, answer, at_uniform_times, bayes, gains, on_truth,
+                                read, report, report_over, shared, summary, sweep, usual, way_from,
+                                way_noise, way_steps, way_told)
+from l2d import INITS, L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
                              load_tokenizer, pick_device, save_tensors, write_whole)
@@ -43,16 +43,16 @@ from train import collate
 ROOT = Path(__file__).parent.parent
 TABLE = Path(__file__).parent / "figures" / "gsm8k.jsonl"
 OUT, SPLIT = "out/gsm8k", {"test": 400, "choose": 200}   # rows; the rest is "train"
-RECIPE = ("--max-length 384 --batch-size 16 --micro-batch-size 4 --warmup-steps 10 "
-          "--dtype bfloat16 --validation 32 --eval-every 100 --save-every 20")
+RECIPE = ("--max-length 256 --micro-batch-size 4 --warmup-steps 10 --dtype bfloat16 "
+          "--validation 8 --eval-every 250 --save-every 20")
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
-PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32}       # the paper's
-USUAL = PATH | {"seed": 0}                               # what the table was trained with
+PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32, "init": "paper"}      # the paper's
+USUAL = PATH | {"seed": 0, "batch_size": 16}                               # what the table was trained with
 STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
-TRUE_TIMES = (0.5, 0.9)
+TRUE_TIMES = (0.9, 0.95, 0.97)
 CAP = 100                                                # evaluations of an adaptive solver
 
 # ---- Data and training ---------------------------------------------------------------------------
@@ -139,6 +139,10 @@ class Model:
             save_tensors(found | {"stamp": stamp}, file)
         return found
 
+def plain(*words):
+    """The name of a file of scores."""
+    return re.sub(r"[^a-zA-Z0-9.]+", "-", " ".join(map(str, words)))
+
 class Bench:
     """What is measured of the models in args.out, on the rows "test" or "choose"."""
 
@@ -158,10 +162,21 @@ class Bench:
                 folder = Path(self.args.out) / method if method != "base" else self.args.model
                 self.models = {method: Model(folder, self.args.device)}
             examples = self.models[method].examples(Path(self.args.out) / f"{rows}.jsonl", n)
-            plain = re.sub(r"[^a-zA-Z0-9.]+", "-", f"{rows} {n} {method} {name}")
-            self.known[key] = self.models[method].scores(
-                examples, way, settings, self.folder / f"{plain}.safetensors", f"{rows}: {name}")
+            file = self.folder / f"{plain(rows, n, method, name)}.safetensors"
+            self.known[key] = self.models[method].scores(examples, way, settings, file,
+                                                         f"{rows}: {name}")
         return self.known[key]
+
+    def over_other(self, scores, name):
+        """The `gains` over the same way of the path in the folder --against. (One evaluation on
+        noise may have another time there.) ValueError: it was not measured there."""
+        start = plain("test", self.args.rows, "l2d", name.split(", t =")[0])
+        pattern = f"{start}-t-*" if ", t =" in name else start
+        files = sorted((Path(self.args.against) / "tokens").glob(f"{pattern}.safetensors"))
+        if not files:
+            raise ValueError(f"{self.args.against} has no {pattern!r}: measure it there first, "
+                             "with the same --rows")
+        return gains(scores, load_tensors(files[0]))
 
     def base(self, rows="test"):
         return self.measure(*way_steps(1), method="base", rows=rows)
@@ -198,13 +213,15 @@ def plan(args, chosen):
         yield *way_steps(T), "l2d"
     for way in chosen:
         yield *way, "l2d"
+    for t in TRUE_TIMES:
+        yield f"(the true x_t at t = {t})", on_truth, {"t": t}, "l2d"
+        yield f"(Bayes' reader at t = {t})", bayes, {"t": t}, "l2d"
+    yield "(the true x_t, uniform t)", at_uniform_times, {}, "l2d"
     if not args.only_steps:
         for tolerance in args.tolerances:
             yield (f"fehlberg2, {tolerance:g}", usual,
                    {"steps": 2, "solver": "fehlberg2", "atol": tolerance, "rtol": tolerance,
                     "max_evaluations": CAP}, "l2d")
-        for t in TRUE_TIMES:
-            yield f"(the true x_t at t = {t})", on_truth, {"t": t}, "l2d"
 
 def measure(args):
     """All lines {"rows", "name", ..}, in the order of the table."""
@@ -217,6 +234,8 @@ def measure(args):
         line = {"rows": "test", "name": name} | training | summary(*shared(scores, bench.base()))
         if method == "l2d" and COMPARE in args.steps:
             line["over"] = gains(scores, bench.measure(*way_steps(COMPARE)))
+        if method == "l2d" and args.against and line["examples"] == lines[0]["examples"]:
+            line["against"] = bench.over_other(scores, name)
         lines.append(line)
     return lines + [{"rows": "choose", "name": name} | training | line for name, line in swept]
 
@@ -248,7 +267,8 @@ def print_tables(lines):
     for name, line in parts["test"]:
         cells = (f"{one['sampled'][0]:.1%} / {one['loss'][0]:.2f}" for one in line["sharpened"])
         print(f"{name:36}" + "".join(f"{cell:>16}" for cell in cells))
-    report_over(parts["test"])
+    report_over(parts["test"], "over", f"T = {COMPARE}")
+    report_over(parts["test"], "against", "the path of --against")
     if parts["choose"]:
         print("\non the rows for choices")
         report(parts["choose"])
@@ -263,10 +283,12 @@ def parse_args():
     add("--model", default="out/smollm2", help="the base (default: %(default)s)")
     add("--out", default=OUT, help="folder for all of it (default: %(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
-    add("--updates", type=int, default=300, help="of 16 examples (default: %(default)s)")
+    add("--updates", type=int, default=300, help="(default: %(default)s)")
+    add("--batch-size", type=int, default=USUAL["batch_size"],
+        help="examples per update (default: %(default)s)")
     for name, value in PATH.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value,
-            help="of the path (default: the paper's %(default)s)")
+            choices=INITS if name == "init" else None, help="of the path (default: the paper's %(default)s)")
     add("--seed", type=int, default=USUAL["seed"], help="of the training (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
@@ -277,10 +299,11 @@ def parse_args():
     add("--tolerances", type=float, nargs="+", default=[3e-2, 3e-4],
         help="of the adaptive solver, fehlberg2 (default: 0.03 0.0003)")
     add("--only-steps", action="store_true",
-        help="of the path, measure only --steps and one evaluation on noise")
+        help="of the path, measure only --steps, one evaluation on noise and the true x_t")
+    add("--against", help="--out of another run: also print the gains over its path")
     add("--table", action="store_true", help="print the table of experiments/figures, no more")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=("updates", "rows", "long_rows", "choose_rows",
+    check_numbers(parser, vars(args), above_0=("updates", "batch_size", "rows", "long_rows", "choose_rows",
                                                  "steps", "tolerances"))
     if not args.table and not args.data:
         parser.error("--data is missing: GSM8K's train.jsonl, or --table for what was measured")

@@ -17,7 +17,8 @@ import torch
 
 from experiments.results import (USUAL, Bench, add_models, add_questions, check_questions,
                                  model_folders)
-from l2d import IGNORE, TABLEAUS, diffuse, estimate, initial_noise, solve_fixed, velocity
+from l2d import (IGNORE, TABLEAUS, TIME, diffuse, estimate, initial_noise, solve_fixed, uniform,
+                 velocity)
 from support.console import check_numbers, console
 from support.tiny import KINDS, SPECIAL, encode, questions
 
@@ -43,6 +44,23 @@ def on_truth(path, context, targets, t):
     x_1 = path.vocabulary(context.lm.get_input_embeddings()(targets.clamp(min=0)))
     x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
     return at(path, x_t, t, context), torch.ones_like(targets)
+
+def bayes(path, context, targets, t):
+    """What the true x_t at t tells whoever knows the points of all tokens exactly, with the base's
+    probabilities as the prior: log p(j) + t·x_1(j)·x_t / ((1 − t)·sigma)². (All |x_1(j)| are
+    equal.) The best that any path can read from it, but for what it knows beyond the base."""
+    x_1 = path.vocabulary(context.lm.get_input_embeddings()(targets.clamp(min=0)))
+    x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
+    table = path.table(context.lm.get_input_embeddings())
+    score = t / ((1 - t) * path.config.sigma) ** 2 * (x_t @ table.T)
+    return context.logits(context.main_hidden) + score, torch.ones_like(targets)
+
+def at_uniform_times(path, context, targets):
+    """One evaluation of the true x_t at a time drawn for each token: the loss in training."""
+    t = uniform(1, context.seeds, context.positions, TIME)
+    x_1 = path.vocabulary(context.lm.get_input_embeddings()(targets.clamp(min=0)))
+    x_t = (1 - t) * initial_noise(path.config, context) + t * x_1
+    return path(x_t, t, context), torch.ones_like(targets)
 
 def fresh_noise(path, context, targets, steps):
     """x_t is made anew at each of T evaluations, at t = 0, 1/(T − 1), .., 1, from the last x̂ and
@@ -163,17 +181,18 @@ def summary(scores, base):
     return line
 
 def gains(scores, other):
-    """What one way has over another on the same tokens: {"greedy", "sampled"}, as `mean` has it."""
+    """What one way has over another on the same tokens: {"greedy", "sampled", "loss"}, each as
+    `mean` has it."""
     a, b = shared(scores, other)
-    p, q = a["logp"][:, 0].exp(), b["logp"][:, 0].exp()
+    p, q = a["logp"][:, 0], b["logp"][:, 0]
     return {"greedy": mean(a["hit"].float() - b["hit"].float(), a["example"]),
-            "sampled": mean(p - q, a["example"])}
+            "sampled": mean(p.exp() - q.exp(), a["example"]), "loss": mean(q - p, a["example"])}
 
 def shared(scores, other):
     """Both scores, of the examples that both have, in the same order."""
     def ordered(one, examples):
         keep = torch.isin(one["example"], examples)
-        kept = {name: tensor[keep] for name, tensor in one.items()}
+        kept = {name: tensor[keep] for name, tensor in one.items() if tensor.dim()}
         order = kept["example"].argsort(stable=True)
         return {name: tensor[order] for name, tensor in kept.items()}
     common = scores["example"][torch.isin(scores["example"], other["example"])]
@@ -213,14 +232,16 @@ def report(lines):
         print(f"{name:36}{cells}{line['loss'][0]:7.2f}{100 * line['calibration']:6.1f}%"
               f"{line['fixed']:7}{line['broken']:7}{line['evaluations']:13.1f}{line['tokens']:8}")
 
-def report_over(lines):
-    """What was also compared with T = COMPARE on the same tokens."""
-    print(f"\nover T = {COMPARE}, on the same tokens: most likely, sampled")
-    for name, line in lines:
-        if "over" in line:
-            (greedy, a), (sampled, b) = line["over"]["greedy"], line["over"]["sampled"]
-            print(f"{name:36}{100 * greedy:+8.1f} ±{100 * a:4.1f}{100 * sampled:+8.1f} "
-                  f"±{100 * b:4.1f}")
+def report_over(lines, key="over", other=f"T = {COMPARE}"):
+    """What was also compared with another way, or another path, on the same tokens."""
+    lines = [(name, line[key]) for name, line in lines if key in line]
+    if lines:
+        print(f"\nover {other}, on the same tokens: most likely, sampled, loss")
+    for name, gain in lines:
+        cells = "".join(f"{100 * gain[key][0]:+8.1f} ±{100 * gain[key][1]:4.1f}"
+                        for key in ("greedy", "sampled"))
+        loss = "{:+9.3f} ±{:.3f}".format(*gain["loss"]) if "loss" in gain else ""
+        print(f"{name:36}{cells}{loss}")
 
 def measure(bench, n, seed):
     tokens, found = TinyTokens(bench, n, seed), {}

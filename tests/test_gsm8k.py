@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import gsm8k, tokens
-from l2d import L2D, L2DConfig
+from l2d import L2D, L2DConfig, initial_noise, token_losses
 from support import tiny
 
 torch.set_num_threads(1)
@@ -58,6 +58,32 @@ def test_single_evaluations_and_fresh_noise(data):
     assert not torch.allclose(noise, answer(data, tokens.on_truth, t=0.2)[0], atol=1e-3)
 
 
+@torch.no_grad()
+def test_bayes_reader_knows_the_token_as_far_as_the_noise_lets_it(data):
+    """Its odds are those of the densities of x_t: at t = 0 the base's, near t = 1 the right token."""
+    path, context, valid = data.path, data.context, data.targets != -100
+    base = context.logits(context.main_hidden).log_softmax(-1)
+    found, used = answer(data, tokens.bayes, t=0.0)
+    torch.testing.assert_close(found.log_softmax(-1), base)
+    assert (used == 1).all()
+    assert (answer(data, tokens.bayes, t=0.99)[0].argmax(-1) == data.targets)[valid].all()
+    table, t = path.table(context.lm.get_input_embeddings()), 0.6
+    x_t = (1 - t) * initial_noise(path.config, context) + t * table[data.targets]
+    density = torch.distributions.Normal(t * table, (1 - t) * 3.0).log_prob(x_t[..., None, :])
+    expected = (base + density.sum(-1)).log_softmax(-1)
+    found = answer(data, tokens.bayes, t=t)[0].log_softmax(-1)
+    torch.testing.assert_close(found[valid], expected[valid], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_uniform_times_give_the_loss_of_training(data):
+    logits, _ = answer(data, tokens.at_uniform_times)
+    targets = data.targets
+    losses, _ = token_losses(data.path, data.context, targets)
+    found = tokens.score(logits[(data.targets != -100)], torch.ones(len(losses)), data.right)
+    torch.testing.assert_close(-found["logp"][:, 0], losses)
+
+
 def test_scores_by_hand():
     p = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]])
     found = tokens.score(p.log(), torch.tensor([1, 3]), torch.tensor([0, 1]))
@@ -90,6 +116,7 @@ def test_summary_counts_what_changed():
     assert sum(band["tokens"] for band in line["bands"]) == 4
     over = tokens.gains({name: x[2:] for name, x in moved.items()}, base)      # of one example
     assert (over["greedy"][0], over["sampled"][0]) == pytest.approx((0.5, 0.4135), abs=1e-3)
+    assert over["loss"][0] == pytest.approx(-1.5, abs=1e-3)      # one of two: by its logit, 3
 
 
 def test_shared_examples_are_put_in_order():
@@ -134,7 +161,7 @@ def test_the_command_on_a_tiny_base(run, monkeypatch, capsys):
                          "base after full finetuning", "T = 15", "T = 31"]
     long = next(line for line in lines if line["name"] == "T = 31")
     assert (long["examples"], long["evaluations"]) == (3, 31)
-    assert set(long["over"]) == {"greedy", "sampled"}
+    assert set(long["over"]) == {"greedy", "sampled", "loss"}
     adaptive = [line for line in lines if line["name"].startswith("fehlberg2, ")]
     assert [line["name"] for line in adaptive] == ["fehlberg2, 0.03", "fehlberg2, 0.0003"]
     assert adaptive[0]["evaluations"] <= adaptive[1]["evaluations"] <= gsm8k.CAP
@@ -187,10 +214,24 @@ def test_another_sigma_with_few_ways(run, monkeypatch, capsys):
     assert open(run.folder / "table.jsonl").read() == table
 
 
+def test_two_paths_are_compared_on_the_same_tokens(run, monkeypatch, capsys):
+    """Against itself a path gains nothing; what the other lacks is asked for."""
+    options = OPTIONS + ["--methods", "l2d", "--only-steps"]
+    run(monkeypatch, *options, "--against", "out/gsm8k")
+    lines = capsys.readouterr().out.split("over the path of --against")[1].split("on the rows")[0]
+    assert "T = 15" in lines and "uniform t" in lines and "one evaluation on noise" in lines
+    numbers = re.findall(r"[+±] *([0-9.]+)", lines)
+    assert len(numbers) >= 6 * 9 and set(map(float, numbers)) == {0.0}
+    with pytest.raises(ValueError, match="out/none has no 'test-6-l2d-T-1-the-base'|has no"):
+        run(monkeypatch, *options, "--against", "out/none")
+
+
 @pytest.mark.parametrize("options, words", [
     (["--updates", "2"], "is of max_steps = 1, not 2"),
     (["--sigma", "16"], "is of sigma = 64.0, not 16.0"),
     (["--seed", "1"], "is of seed = 0, not 1"),
+    (["--init", "tied"], "is of init = paper, not tied"),
+    (["--batch-size", "8"], "is of batch_size = 16, not 8"),
     (["--device", "cuda:77"], "there is no device cuda:77"),
     (["--data", "base/config.json"], "holds other rows than base/config.json")])
 def test_what_does_not_fit_is_refused(run, monkeypatch, options, words):
