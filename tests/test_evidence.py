@@ -358,7 +358,7 @@ def test_hops_from_training_to_the_table(tmp_path, monkeypatch, capsys):
                                       "--questions", "6"])
     hops.main()
     table = capsys.readouterr().out
-    assert table.count("one on noise") == 6 and table.count(", T = 7  ") == 4
+    assert table.count("one on noise") == 5 and table.count(", T = 7  ") == 4
     folder = tmp_path / "out/hops-unrolled-0-4"
     assert "lora_A" in str(L2D.from_pretrained(folder).path.state_dict().keys())
     first = (folder / "model.safetensors").read_bytes()
