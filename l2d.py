@@ -596,8 +596,8 @@ SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_at
          "num_key_value_heads", "intermediate_size")        # what path and base must agree in
 
 DEFAULTS = dict(
-    dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0,
-    init="paper", class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
+    dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, init="paper",
+    class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
     guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000)
 SETTINGS = {*DEFAULTS, "class_names", "base_model", "base_revision", "base_checksum"}
 
