@@ -41,7 +41,10 @@ def parse_args():
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
     console.check_numbers(parser, vars(parser.parse_args()), ["max_new_tokens"], ["temperature"])
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prompt and not all(map(str.strip, args.prompt)):
+        parser.error("--prompt is empty")
+    return args
 
 def trace(model, tokenizer, input_ids, **which):
     """Print how the token after input_ids [1, S] comes about: a line for each evaluation."""
@@ -90,7 +93,8 @@ class Session:
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
         room = model.base.config.max_position_embeddings - ids.shape[1]
         if room < 1:
-            raise ValueError(f"the chat is {1 - room} tokens too long for the model: begin anew")
+            raise ValueError(f"the chat has {ids.shape[1]} tokens, but the model's context only "
+                             f"{ids.shape[1] + room}: ask a shorter question, or begin anew")
         seed = args.seed << 32 | zlib.crc32(text.encode())
         self.which["seeds"] = torch.tensor([seed])
         if args.trace:

@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, DynamicCache, GPT2Config, GPT2LMHeadModel, T5Config
 
 from l2d import L2D, L2DConfig
-from sample import trace
 from support import tiny
 from test_convert import Trap, make, release_state_dict
 from test_ecosystem import run
@@ -322,7 +321,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "bit flipped in the path's header": (flip("path/model.safetensors", 0.01), SAMPLE, 1, ["path"]),
     "NaN in the path": (weights("path/model.safetensors", poison(float("nan"))), SAMPLE, 1, ["vocabulary.proj.weight", "NaN"]),
     "inf in the path": (weights("path/model.safetensors", poison(float("inf"))), SAMPLE, 1, ["vocabulary.proj.weight", "inf"]),
-    "NaN in its base": (weights("base/model.safetensors", poison(float("nan"), "model.norm.weight")), SAMPLE, 1, ["NaN", "row 0", "position 6", "base"]),
+    "NaN in its base": (weights("base/model.safetensors", poison(float("nan"), "model.norm.weight")), SAMPLE, 1, ["checksum", "belongs to base", "base_model="]),
     "a tensor missing": (weights("path/model.safetensors", lambda t: t.pop("t_embedder.0.bias")), SAMPLE, 1, ["t_embedder.0.bias is missing"]),
     "pickle as path": (pickled("path", "pytorch_model.bin"), SAMPLE, 1, ["model.safetensors"]),
     "sigma a text": (edit("path/config.json", sigma="64"), SAMPLE, 1, ["sigma='64'", "number"]),
@@ -358,7 +357,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "measure at steps 2": (nothing, [*EVALUATE, "--steps", "1", "2"], 1, ["steps=2", "1 and 3"]),
     "no questions": (nothing, [*EVALUATE, "--questions", "0"], 2, ["--questions 0", "3 or more"]),
     "measure guidance without classes": (nothing, [*EVALUATE, "--out", "plain", "--guidance", "2"], 1, ["plain", "classes", "--label-column"]),
-    "measure a folder of another program": (edit("path/config.json", model_type=None), EVALUATE, 1, ["path", "model_type"]),
+    "measure a folder of another program": (edit("path/config.json", model_type=None), EVALUATE, 1, ["path", "custom code"]),
     "no beams": (nothing, [*EVALUATE, "--beams", "1", "0"], 2, ["--beams 0", "above 0"]),
     "no tolerance": (nothing, [*EVALUATE, "--solver", "bosh3", "--tolerances", "0.1", "-1"], 2, ["--tolerances -1.0", "above 0"]),
     "measure guidance nan": (nothing, [*EVALUATE, "--guidance", "nan"], 2, ["--guidance nan", "0 or more"]),
@@ -467,8 +466,7 @@ def test_an_answer_ends_where_the_context_does(here, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*SAMPLE[:3], "--prompt", "1" * 116, "--max-new-tokens", "50", "--steps", "1", "--temperature", "0",
                                       "--device", "cpu"])
     runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-    tokens = [int(line.split(", ")[-2].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("T = 1")]
-    assert tokens == [128 - 119]
+    assert f"; {128 - 119} tokens, " in capsys.readouterr().out
 
 
 def test_no_source_trusts_remote_code_or_unpickles():
@@ -525,7 +523,6 @@ FUNCTIONS = {                                            # name: (call of a mode
     "a mask of another shape": (lambda model: model(IDS, logits_to_keep=ONES[:1] > 0), r"a bool mask \[2, 4\]: not \[1, 4\]"),
     "a negative number to keep": (lambda model: model(IDS[:1], logits_to_keep=-1), "not -1"),
     "autocast": (lambda model: torch.autocast("cpu", torch.bfloat16)(model)(IDS[:1]), "leave it out, and load the base with dtype=torch.bfloat16"),
-    "trace of two rows": (lambda model: trace(model, IDS), "2 rows; trace one at a time"),
     "NaN loaded": (lambda model: model.load_path(model.path.state_dict() | {"vocabulary.proj.bias": torch.full((8,), float("nan"))}),
                    "vocabulary.proj.bias holds NaN or inf"),
 }
