@@ -1241,7 +1241,8 @@ def relative_path(path, start):
     except ValueError:                                  # on another drive of Windows
         return path
 
-# A copy of this file lies in every folder of a path. If told to trust it, the library runs that copy, for its folder alone; only `import l2d` makes the name l2d known everywhere.
+# A copy of this file lies in every folder of a path. If told to trust it, the library runs that
+# copy, for its folder alone; only `import l2d` makes the name l2d known everywhere.
 L2DConfig.register_for_auto_class()
 L2D.register_for_auto_class("AutoModelForCausalLM")
 if not __name__.startswith("transformers_modules."):
