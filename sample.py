@@ -54,8 +54,8 @@ def trace(model, tokenizer, input_ids, **which):
         states.append(x_t)
         probability, token = logits[0, 0].float().softmax(-1).max(-1)
         moved = (x_t - states[-2:][0]).norm()            # 0 at the first
-        print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([token])!r:<16}"
-              f"{probability:12.3f}{moved:9.2f}")
+        print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([token.item()])!r:<16}"
+              f"{probability.item():12.3f}{moved.item():9.2f}")
     context = model.read(model.kept(input_ids, 1), input_ids, **which)
     diffuse(model.current_path(), context, observe=observe)
 

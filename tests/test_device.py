@@ -11,6 +11,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -187,15 +189,15 @@ def test_the_library_generates_on_the_device(simulated):
     assert found[2].shape == (6, 13)
 
 
-def test_the_trace(simulated):
-    model = exact_l2d()
-    def tokens(ids):
-        rows = sample.trace(model, ids, torch.tensor([1]), SEEDS[:1])
-        return [row["token"] for row in rows]
-    expected = tokens(IDS[:1])
+def test_the_trace(simulated, capsys):
+    model, words = exact_l2d(), SimpleNamespace(decode=lambda ids: ids[0])
+    def lines(ids):
+        sample.trace(model, words, ids, class_ids=torch.tensor([1]), seeds=SEEDS[:1])
+        return capsys.readouterr().out
+    expected = lines(IDS[:1])
     with simulated():
         model.to("meta")
-        assert tokens(IDS[:1].to("meta")) == expected
+        assert lines(IDS[:1].to("meta")) == expected
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
