@@ -29,7 +29,6 @@ needed to measure it again, to benchmarks.jsonl in the model's folder.
 
 import argparse
 import hashlib
-import json
 import logging
 import os
 import shlex
