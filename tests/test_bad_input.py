@@ -66,8 +66,9 @@ def world(tmp_path_factory):
     shutil.move(folder / "base", folder / "swap")        # `make` has written its own base over ours
     (folder / "swap").rename(folder / "release-base")
     tiny.save(folder / "base", base, tokenizer)
-    done = in_a_process(*TRAIN[:6], "run", *TRAIN[7:], "--save-every", "1", cwd=folder, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run(*TRAIN[:6], "run", *TRAIN[7:], "--save-every", "1") == 0
     return folder
 
 
