@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from experiments.results import append_line, read_log
-from l2d import L2D
+from l2d import L2D, L2DConfig
 from support import chats, console, tiny
 from support.console import load_model, load_tensors, load_tokenizer, save_tensors
 
@@ -54,7 +54,10 @@ def start(*args, before=lambda: None, file="output", script="train"):
         log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
         sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)
-        tqdm.set_lock(threading.RLock())                 # its own lock is shared with forks, and one may die holding it
+        lock, kinds = threading.RLock(), [tqdm]          # its own locks are shared with forks, and one may die holding it
+        for kind in kinds:                               # also those of the libraries' bars
+            kind.set_lock(lock)
+            kinds += kind.__subclasses__()
         signal.alarm(180)
         before()
         sys.argv = [script, *map(str, args)]
@@ -105,6 +108,15 @@ def resume(folder, **kwargs):
     return start(*(["--resume"] if known else RUN), "--out", folder, **kwargs)
 
 
+def warm_up(tokenizer):
+    """The libraries load much at first use: once in this process spares every fork half of its time."""
+    model = L2D(L2DConfig("base", dim=8, cond_dim=8, lora_rank=2), console.load_base("base"))
+    model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False)
+    model.save_pretrained("warmed")
+    tokenizer.save_pretrained("warmed")
+    chats.load_data("chats.jsonl", tokenizer, 128, validation=2)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A folder with a base, data, and a run that nothing disturbed in `whole`; its result and its seconds."""
@@ -114,6 +126,7 @@ def whole(tmp_path_factory):
     torch.manual_seed(0)
     tiny.save(Path("base"), tiny.make_model(tokenizer, hidden=32, layers=1, ffn=48), tokenizer)
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.questions(40, seed=0)))
+    warm_up(tokenizer)
     run(*RUN, "--out", "warm")
     began = time.perf_counter()
     run(*RUN, "--out", "whole")
