@@ -55,7 +55,6 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -316,10 +315,8 @@ class DiffusionPath(nn.Module):
         f = rescale(x_t, t, self.config.sigma).to(context.main_hidden.dtype)    # [B, N, d]
         f = self.x_embedder(f)                                                  # [B, N, D]
         for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing:
-                f = recomputed(block, f, c, context, i)
-            else:
-                f = block(f, c, context, i)
+            run = partial(recomputed, block) if self.gradient_checkpointing else block
+            f = run(f, c, context, i)
         return (context.main_hidden + weight * f).to(f.dtype)
 
     def forward(self, x_t, t, context):
@@ -507,8 +504,9 @@ def diffuse(path, context, steps=None, observe=None):
     config, tableau = path.config, TABLEAUS[path.config.solver]
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     x = (1 - start) * initial_noise(config, context)
+    check_steps(config.solver, T)
     size = ROWS // (x[..., 0].numel() * (1 if config.guidance == 1 else 2))     # of one token
-    n = (T - 1) // len(tableau.c)                   # intervals; `check_steps` sees that it divides
+    n = (T - 1) // len(tableau.c)                   # intervals
 
     def dxdt(x, t):
         logits, x_hat = evaluate(path, x, t, context)
@@ -611,7 +609,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     init             where x_embedder starts: "paper" (at random) or "tied" (it reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
-    May change at any time, and are checked when they do (`update` changes several at once):
+    May change at any time, and are checked when they are used:
     steps            T, the evaluations per token. Adaptive solvers choose their own, unless T = 1
     solver           "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive)
     velocity         x̂ is the most likely token ("argmax"), a drawn one ("sample"), or the
@@ -630,33 +628,23 @@ class L2DConfig(transformers.PreTrainedConfig):
         if not kwargs.get("self_condition", True):          # what old folders say, all of them
             del kwargs["self_condition"]
         known = vars(transformers.PreTrainedConfig()).keys() | KNOWN_TO_LIBRARY
-        refuse_unknown(kwargs.keys() - known)
+        if unknown := kwargs.keys() - known:
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         vars(self).update(settings, base_model=base_model, base_revision=base_revision,
                           base_checksum=base_checksum, text_config=text_config,
-                          class_names=list(class_names))    # all of them, before the first check
-        super().__init__(**kwargs)
+                          class_names=list(class_names))
         check_settings(self)
-
-    def update(self, changes):
-        """Change several settings together. ValueError: they do not fit; then none is changed."""
-        refuse_unknown(changes.keys() - vars(self).keys())
-        check_settings(SimpleNamespace(**{**vars(self), **changes}))
-        vars(self).update(changes)
-
-    def __setattr__(self, name, value):
-        check_settings(SimpleNamespace(**{**vars(self), name: value}))
-        super().__setattr__(name, value)
+        super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Called in loading. The library would set and check kwargs one by one: here, together."""
-        changes = {name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}
-        if "base_model" in changes:                         # another one has other commits
-            changes = {"base_revision": None} | changes
-        return super().from_dict({**config_dict, **changes}, **kwargs)
+        if "base_model" in kwargs:                          # another base has other commits
+            config_dict = {**config_dict, "base_revision": None}
+        return super().from_dict(config_dict, **kwargs)
 
     def check_base(self, base):
         """ValueError: a base (its configuration) that this path cannot run on."""
+        check_settings(self)
         if base.model_type not in SUPPORTED:
             raise ValueError(f"{base.model_type!r} is not a supported architecture; supported: "
                              f"{', '.join(SUPPORTED)}")
@@ -684,10 +672,6 @@ KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name
                     "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
                     "bos_token_id", "eos_token_id"}         # (the last four: from Trainer)
 
-def refuse_unknown(names):
-    if names:
-        raise ValueError(f"unknown settings: {', '.join(sorted(names))}")
-
 def check_steps(solver, steps):
     """ValueError: a fixed-step solver cannot make T = `steps` evaluations; names the nearest T."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -698,8 +682,9 @@ def check_steps(solver, steps):
         raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = "
                          f"{cost}n + 1; the nearest are {below} and {below + cost}")
 
-def check_settings(s):
-    """ValueError: names the first setting with an impossible value, and says what is possible."""
+def check_settings(s, steps=None):
+    """ValueError: names the first setting with an impossible value, and says what is possible.
+    steps takes the place of the setting."""
     def require(good, name, rule):
         if not good:
             raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
@@ -713,15 +698,15 @@ def check_settings(s):
     positive = ("sigma", "lora_alpha", "atol", "rtol")
     for name in (*positive, "class_dropout", "guidance", "t_start"):
         value = getattr(s, name)
-        require(isinstance(value, (int, float)) and math.isfinite(value), name, "must be a number")
-        require(value > 0 or name not in positive, name, "must be a positive number")
+        good = isinstance(value, (int, float)) and 0 <= value < math.inf
+        require(good and (value > 0 or name not in positive), name,
+                "must be a positive number" if name in positive else "must be a number, 0 or more")
     require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
-    require(0 <= s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
+    require(s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
     require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
-    require(s.guidance >= 0, "guidance", "must be 0 or more")
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")
-    check_steps(s.solver, s.steps)
+    check_steps(s.solver, s.steps if steps is None else steps)
     touches_end = TABLEAUS[s.solver].c[-1] == 1             # at 1, the velocity divides by 0
     possible = s.t_end is None or 0 < s.t_end < 1 or (s.t_end == 1 and not touches_end)
     limit = "below" if touches_end else "at most"
@@ -794,8 +779,7 @@ def check_rising(position_ids, attention_mask):
                          "each a row of its own, or one would read the other")
 
 def kept_columns(keep):
-    """The columns of each row that keep [B, S] marks, int64 [B, N]; N is the most that a row has.
-    A row with fewer gets others, as filler."""
+    """The columns of each row that keep [B, S] marks, then filler: int64 [B, N]."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
@@ -812,22 +796,12 @@ def checksum(base):
     float32. None: they have other numbers (quantised, float16) or none (the meta device)."""
     found = 0
     for _, p in sorted(base.named_parameters()):
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p         # a shard of it (--shard)
         if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             return None
         rows = p.detach().reshape(-1, p.shape[-1])
         rows = rows[::max(1, len(rows) // 4)].to("cpu", torch.bfloat16)
         found = zlib.crc32(rows.view(torch.int16).numpy().tobytes(), found)
     return f"{found:08x}"
-
-def check_weights(config, base):
-    """The checksum that the path's base has to have. ValueError: this one has another."""
-    known, found = config.base_checksum, checksum(base)
-    if None not in (known, found) and known != found:
-        raise ValueError(f"this path belongs to {config.base_model or 'a base'} with the checksum "
-                         f"{known}, but the weights given have {found}: name the right ones "
-                         "(base_model=, base_revision=) or, to use these, base_checksum=None")
-    return known or found
 
 def cached_commit(name):
     """The commit of a hub model's main branch in the cache. None: a folder, or not there."""
@@ -853,10 +827,15 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         devices = sorted({str(p.device) for p in base.parameters()})
         if len(devices) > 1:
             raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
-                             'device: load it with device_map={"": 0}, or train with --shard')
+                             'device: load it with device_map={"": 0}')
         config.base_model = config.base_model or base.name_or_path
         config.base_revision = config.base_revision or cached_commit(config.base_model)
-        config.base_checksum = check_weights(config, base)
+        known, found = config.base_checksum, checksum(base)
+        if None not in (known, found) and known != found:
+            raise ValueError(f"this path belongs to {config.base_model} with the checksum {known}, "
+                             f"but the weights given have {found}: name the right ones "
+                             "(base_model=, base_revision=) or, to use these, base_checksum=None")
+        config.base_checksum = known or found
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -904,42 +883,38 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     # Reading the context with the frozen LM
 
     @torch.no_grad()
-    def run_base(self, input_ids, attention_mask, position_ids, cache, inputs_embeds=None):
+    def run_base(self, input_ids, attention_mask, position_ids, cache):
         """Run the LM over S new tokens; the cache grows by S. Returns the hidden state before its
         final norm [B, S, D]. The path is added there, and the library returns it only normed.
         ValueError: under autocast."""
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
-        lm, past, caught = self.base.model, int(cache.get_seq_length()), []
-        thread = threading.get_ident()
+        lm, caught, thread = self.base.model, [], threading.get_ident()
 
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
                 caught.append(inputs[0])
         with lm.norm.register_forward_pre_hook(catch):      # by position: the cache's name changes
-            lm(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=True)
-        hidden = caught[0]
-        if int(cache.get_seq_length()) != past + hidden.shape[1]:
-            raise RuntimeError(f"the base has not written its {hidden.shape[1]} keys into the "
-                               "cache: install a version of transformers that requirements.txt "
-                               "allows")
-        return hidden
+            lm(input_ids, attention_mask, position_ids, cache, use_cache=True)
+        return caught[0]
 
     @torch.no_grad()
-    def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, cache=None,
-             inputs_embeds=None, class_ids=None, seeds=None):
-        """Run the LM once and return the Context of the positions `keep`, bool [B, S]. N is the
-        most that a row keeps. class_ids, seeds: int64 [B]; None: no class, and random seeds."""
-        B, S = keep.shape
+    def read(self, keep, input_ids, attention_mask=None, position_ids=None, cache=None,
+             class_ids=None, seeds=None):
+        """Run the LM once and return the Context of the positions `keep`: how many of the last, 0
+        for all, or a mask, bool [B, S]. N is the most that a row keeps; a row with fewer gets
+        others, as filler. class_ids, seeds: int64 [B]; None: no class, and random seeds."""
+        (B, S), device = input_ids.shape, input_ids.device
         cache = DynamicCache() if cache is None else cache
-        past, device = int(cache.get_seq_length()), keep.device
+        past = int(cache.get_seq_length())
+        columns = torch.arange(S, device=device).expand(B, S)
+        columns = kept_columns(keep) if torch.is_tensor(keep) else columns[:, -keep:]   # [B, N]
         if position_ids is None:
             position_ids = past + torch.arange(S, device=device)
         position_ids = position_ids.expand(B, S)
         check_rising(position_ids, attention_mask)
-        hidden = self.run_base(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        columns = kept_columns(keep)                                                    # [B, N]
+        hidden = self.run_base(input_ids, attention_mask, position_ids, cache)
         def kept(x):                                    # [B, S, ..] -> [B, N, ..]
             return x[torch.arange(B, device=device)[:, None], columns]
         # Of the LM's own run: some rotary embeddings depend on the largest position there is.
@@ -959,7 +934,11 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     def read_labelled(self, input_ids, labels, attention_mask=None, position_ids=None,
                       class_ids=None, seeds=None):
         """The Context of the labelled positions and their targets, int64 [B, N], −100 in filler.
-        ValueError: no label, or labels of another shape."""
+        Other positions do not pass through the path. ValueError: no label, or labels of another
+        shape; a base that would be trained, too."""
+        if any(p.requires_grad for p in self.base.parameters()):
+            raise ValueError("the base must stay frozen: call model.base.requires_grad_(False), "
+                             "and put no adapters (PEFT) on an L2D model")
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).long()
@@ -1012,103 +991,68 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     # A causal LM's forward
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, steps=None,
-                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, **others):
+                labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None,
+                seeds=None, num_items_in_batch=None, cache=None, **others):
         """With labels [B, S] (labels[:, k + 1] is the target at k, −100 for none): the loss, a mean
-        over targets, or a sum over num_items_in_batch. Without: next-token logits [B, N, V] after
-        `steps` evaluations, at all kept positions in parallel. input_ids int64 [B, S];
-        attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
-        all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B].
-        cache is the library's newer name for past_key_values. Of other arguments, those that
-        change nothing here are taken. ValueError: bad values; TypeError: unknown arguments."""
+        over targets, or a sum over num_items_in_batch. A loss with gradients switches to training
+        mode, as an optimizer is about to change the weights. Without labels: next-token logits
+        [B, N, V] of the last N = logits_to_keep positions (0: of all), after `steps` evaluations,
+        in parallel. input_ids int64 [B, S]; attention_mask [B, past + S], 0 on padding; class_ids,
+        seeds: int64 [B]. cache is the library's newer name for past_key_values. Of other arguments,
+        those that change nothing here are taken. ValueError: bad values; TypeError: unknown
+        arguments."""
         given = {name for name, value in others.items() if value is not None and value is not False}
         unknown = given - {"return_dict", "cache_position", "tokenizer"}       # from `generate`
         if unknown:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one")
-        tokens = inputs_embeds if input_ids is None else input_ids
-        if tokens is None or tokens.shape[1] == 0:
-            raise ValueError("the input is empty; give input_ids with at least one token in every "
-                             "row, such as the start of a text")
+        caches = [c for c in (past_key_values, cache) if c is not None]
+        if len(caches) > (labels is None):
+            raise ValueError("give one of past_key_values and cache, two names of one argument; "
+                             "none with labels, as the loss is of whole sequences")
         if labels is not None:
-            if past_key_values is not None or cache is not None:
-                raise ValueError("labels need no past_key_values: the loss is of whole sequences")
-            losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids,
-                                          class_ids, seeds)
+            if torch.is_grad_enabled():
+                self.train()
+            losses, _ = diffusion_losses(self.path, *self.read_labelled(
+                input_ids, labels, attention_mask, position_ids, class_ids, seeds))
             return L2DOutput(loss=losses.sum() / (num_items_in_batch or len(losses)))
-        cache = past_key_values if cache is None else cache
-        cache = DynamicCache() if cache is None else cache
-        self.check_inputs(tokens, attention_mask, cache, logits_to_keep)
+        cache = caches[0] if caches else DynamicCache()
+        self.check_inputs(input_ids, attention_mask, cache, logits_to_keep)
         T = self.config.steps if steps is None else steps
-        check_steps(self.config.solver, T)
+        check_settings(self.config, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
             seeds = torch.zeros(1)                      # no noise: take none of torch's numbers
-        keep = self.kept(tokens, logits_to_keep)
-        context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
+        context = self.read(logits_to_keep, input_ids, attention_mask, position_ids, cache,
                             class_ids, seeds)
-        found = diffuse(self.current_path(), context, T)    # logits, evaluations, passes
-        valid = keep.gather(1, kept_columns(keep))      # False for filler
-        self.check_finite(found[0], context, valid)
-        if torch.is_tensor(logits_to_keep):
-            found = [values[valid] for values in found]
-        returned = cache if use_cache is not False else None
-        return L2DOutput(logits=found[0], evaluations=found[1], passes=found[2],
-                         **{CACHE: returned})
-
-    def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None,
-                     class_ids=None, seeds=None):
-        """Losses [M] and times [M] of the labelled positions, row by row (`diffusion_losses`).
-        Other positions do not pass through the path. A loss with gradients switches to training
-        mode, as an optimizer is about to change the weights. ValueError: no label, or of another
-        shape."""
-        if any(p.requires_grad for p in self.base.parameters()):
-            raise ValueError("the base must stay frozen: call model.base.requires_grad_(False), "
-                             "and put no adapters (PEFT) on an L2D model")
-        if torch.is_grad_enabled():
-            self.train()
-        return diffusion_losses(self.path, *self.read_labelled(
-            input_ids, labels, attention_mask, position_ids, class_ids, seeds))
+        logits, evaluations, passes = diffuse(self.current_path(), context, T)
+        failed = (~logits.amax(-1).isfinite()).nonzero()
+        if len(failed):
+            row, n = failed[0].tolist()
+            raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
+                               "look for such numbers in the weights of the base and of the path; "
+                               "float16 also overflows")
+        return L2DOutput(logits=logits, evaluations=evaluations, passes=passes,
+                         **{CACHE: cache if use_cache is not False else None})
 
     @staticmethod
-    def check_inputs(tokens, attention_mask, cache, logits_to_keep):
-        shape = [len(tokens), int(cache.get_seq_length()) + tokens.shape[1]]
+    def check_inputs(input_ids, attention_mask, cache, logits_to_keep):
+        """ValueError: says which of them is wrong, and what it must be."""
+        if input_ids is None or input_ids.shape[1] == 0:
+            raise ValueError("the input is empty; give input_ids with at least one token in every "
+                             "row, such as the start of a text")
+        if type(logits_to_keep) is not int or logits_to_keep < 0:
+            raise ValueError("logits_to_keep must be how many of the last positions, or 0 for all: "
+                             f"not {logits_to_keep}")
+        shape = [len(input_ids), int(cache.get_seq_length()) + input_ids.shape[1]]
         if attention_mask is not None and list(attention_mask.shape) != shape:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, "
                              f"{list(attention_mask.shape)}; it must be {shape}")
-        last_only = type(logits_to_keep) is int and logits_to_keep > 0
-        if attention_mask is not None and last_only and (
+        if attention_mask is not None and logits_to_keep and (
                 ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # prefill_chunk_size
             raise ValueError("a row ends in padding, and its next token would follow that; pad on "
                              "the left to generate")
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             raise ValueError("past_key_values drops keys outside a sliding window, and the path "
                              "needs them; pass DynamicCache()")
-
-    @staticmethod
-    def check_finite(logits, context, valid):
-        """RuntimeError: an answer with NaN or inf; names its row and position."""
-        failed = ~logits.amax(-1).isfinite() & valid
-        if failed.any():
-            row, n = failed.nonzero()[0].tolist()
-            raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
-                               "look for such numbers in the weights of the base and of the path; "
-                               "float16 also overflows")
-
-    @staticmethod
-    def kept(tokens, logits_to_keep):
-        """logits_to_keep as a bool mask [B, S]. ValueError: it is neither that nor a number."""
-        shape = list(tokens.shape[:2])
-        if type(logits_to_keep) is int and logits_to_keep >= 0:
-            keep = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
-            keep[:, -logits_to_keep:] = True
-            return keep
-        is_mask = getattr(logits_to_keep, "dtype", None) == torch.bool
-        if not is_mask or list(logits_to_keep.shape) != shape:
-            given = list(logits_to_keep.shape) if is_mask else logits_to_keep
-            raise ValueError("logits_to_keep must be how many of the last positions, or a bool "
-                             f"mask {shape}: not {given}")
-        return logits_to_keep
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
@@ -1162,8 +1106,9 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             self.save_pretrained(folder)
             if os.path.isfile(card):
                 shutil.copy(card, folder)
-            name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return HfApi(token=token).upload_folder(repo_id=name, folder_path=folder, **kwargs)
+            repo = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+            return HfApi(token=token).upload_folder(repo_id=repo.repo_id, folder_path=folder,
+                                                    **kwargs)
 
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
@@ -1171,24 +1116,22 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         mode. Arguments that name settings change them (steps=127); revision is the path's; the
         rest (dtype, device_map, ..) goes to the base. ValueError: a base or tensors that do not
         fit; OSError: nothing there."""
-        if kwargs.get("output_loading_info") or kwargs.get("state_dict"):
-            raise ValueError("output_loading_info and state_dict are not possible: all tensors of "
-                             "a path must be in its folder, and fit")
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash",
                      "_from_auto", "output_loading_info", "state_dict"):
-            kwargs.pop(name, None)                      # auto classes say them of the path
+            if kwargs.pop(name, None) and name in ("output_loading_info", "state_dict"):
+                raise ValueError(f"{name} is not possible: all tensors of a path must be in its "
+                                 "folder, and fit")
         hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
         hub |= {key: kwargs[key] for key in shared if key in kwargs}
         changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
         if config is None:
-            found, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
-            kind = found.get("model_type")
-            if kind != "l2d":
-                raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
-                                 "path: train one on it with train.py --model")
-            config = cls.config_class.from_dict(found)
-        config.update({"base_revision": None} | changes if "base_model" in changes else changes)
+            config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
+            if config.get("model_type") != "l2d":
+                raise ValueError(f"{name_or_path} holds a model of type {config.get('model_type')!r}"
+                                 " and no trained path: train one on it with train.py --model")
+            config = L2DConfig.from_dict(config, **changes)
+        config.update(changes)
         config.name_or_path = str(name_or_path)
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         if config.base_model and os.path.isdir(moved):
@@ -1209,14 +1152,12 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def load_path(self, tensors):
         """Copy tensors (name -> tensor) into the path. ValueError: names all that do not fit."""
-        ours, wrong = self.path.state_dict(), []
-        for name in sorted(ours.keys() | tensors.keys()):
-            if name not in ours:
-                wrong.append(f"{name} is unknown")
-            elif name not in tensors:
-                wrong.append(f"{name} is missing")
-            elif tensors[name].shape != ours[name].shape:
-                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(ours[name].shape)}")
+        ours = {name: p.shape for name, p in self.path.state_dict().items()}
+        wrong = [f"{name} is {'missing' if name in ours else 'unknown'}"
+                 for name in sorted(ours.keys() ^ tensors.keys())]
+        for name in sorted(ours.keys() & tensors.keys()):
+            if tensors[name].shape != ours[name]:
+                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(ours[name])}")
             elif not tensors[name].isfinite().all():
                 wrong.append(f"{name} holds NaN or inf")
         if wrong:

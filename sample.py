@@ -56,7 +56,7 @@ def trace(model, tokenizer, input_ids, **which):
         moved = (x_t - states[-2:][0]).norm()            # 0 at the first
         print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([token.item()])!r:<16}"
               f"{probability.item():12.3f}{moved.item():9.2f}")
-    context = model.read(model.kept(input_ids, 1), input_ids, **which)
+    context = model.read(1, input_ids, **which)
     diffuse(model.current_path(), context, observe=observe)
 
 class Session:

@@ -24,7 +24,7 @@ def probabilities(model, input_ids, seeds):
     def observe(x_t, t, logits):
         times.append(float(t))
         shares.append(logits[0, 0].float().softmax(-1))
-    context = model.read(model.kept(input_ids, 1), input_ids, seeds=seeds)
+    context = model.read(1, input_ids, seeds=seeds)
     diffuse(model.current_path(), context, observe=observe)
     return times, torch.stack(shares)
 
