@@ -31,9 +31,7 @@ advance. Therefore T evaluations rarely take T passes of the path: see `draft_an
   V_y (Eq. 5)     DiffusionVocabulary   [V, d]      every token as a point x_1 of length sqrt(d)
   x_0, x_t, x_1   x_0, x_t, x_1         [B, N, d]   noise, state, token; always float32
   x̂               x_hat                 [B, N, d]   where the path expects the token to be
-  sigma           config.sigma          number      standard deviation of the noise x_0
   t               t                     [B, N, 1]   0 is noise, 1 the token; [1, 1, 1] if shared
-  h               h                     as t        length of an interval of the integration
   f               f                     [B, N, D]   hidden state of the path
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
   w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
@@ -41,8 +39,8 @@ advance. Therefore T evaluations rarely take T passes of the path: see `draft_an
 Shapes: B rows of S tokens; N diffusion tokens in each (one per target in training, one in
 generation); L cached keys, D hidden size, d diffusion dimension, C size of the conditioning,
 V vocabulary; heads of size E: H of queries, K of keys, and G = H / K queries for each key head.
-`config` holds all settings (see L2DConfig), and config.text_config those of the LM. Part I is the
-method. Part II turns it into a causal LM that loads, generates and saves.
+`config` holds all settings (see L2DConfig). Part I is the method. Part II turns it into a causal LM
+that loads, generates and saves.
 """
 
 import copy
@@ -586,13 +584,9 @@ def draft_and_check(path, context, x_0, size, weights, times):
 # ---- Settings ------------------------------------------------------------------------------------
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's layout
-PATHS = ("lora", "full", "scratch")
-INITS = ("paper", "tied")
-TIMESTEPS = ("uniform", "cosmap")
-VELOCITIES = ("argmax", "sample", "expectation")
-SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "intermediate_size")        # what path and base must agree in
-
+CHOICES = {"path": ("lora", "full", "scratch"), "init": ("paper", "tied"),
+           "timesteps": ("uniform", "cosmap"), "velocity": ("argmax", "sample", "expectation"),
+           "solver": tuple(TABLEAUS)}
 DEFAULTS = dict(
     dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, init="paper",
     class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
@@ -650,12 +644,6 @@ class L2DConfig(transformers.PreTrainedConfig):
                              f"{', '.join(SUPPORTED)}")
         if self.path != "lora" and hasattr(base, "quantization_config"):
             raise ValueError(f"path={self.path} needs a base that is not quantised: use lora")
-        for key in SIZES:
-            ours, theirs = getattr(self.text_config or base, key), getattr(base, key)
-            if ours != theirs:
-                raise ValueError(f"this path belongs to a base with {key}={ours}, but the base "
-                                 f"given has {key}={theirs}; load it onto "
-                                 f"{self.base_model or 'its own base'}")
         self.text_config = base
 
     def get_text_config(self, *args, **kwargs):
@@ -688,9 +676,7 @@ def check_settings(s, steps=None):
     def require(good, name, rule):
         if not good:
             raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
-    choices = {"path": PATHS, "init": INITS, "timesteps": TIMESTEPS, "velocity": VELOCITIES,
-               "solver": TABLEAUS}
-    for name, known in choices.items():
+    for name, known in CHOICES.items():
         require(getattr(s, name) in known, name, f"is unknown; use one of {', '.join(known)}")
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
         value = getattr(s, name)
@@ -716,25 +702,26 @@ def check_settings(s, steps=None):
 # ---- Table 8's alternatives to LoRA --------------------------------------------------------------
 
 class OwnLinear(Linear):
-    """The path's own copy of the LM's layer `base`, which is an argument to match LoRALinear."""
+    """A copy of the LM's layer `base`, or one that starts anew, with weights of deviation `std`.
+    forward takes `base` only to match LoRALinear."""
 
-    def __init__(self, base):
+    def __init__(self, base, std=None):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
         self.to(base.weight.device).load_state_dict(base.state_dict())
+        if std is not None:
+            nn.init.normal_(self.weight, std=std)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
 
     def forward(self, x, base):
         return super().forward(x)
 
 def path_linear(config, base):
-    """The path's version of `base`: LoRA, a copy ("full"), or one that starts anew ("scratch")."""
+    """The path's version of the LM's linear layer `base`."""
     if config.path == "lora":
         return LoRALinear(base, config.lora_rank, config.lora_alpha)
-    layer = OwnLinear(base)
-    if config.path == "scratch":
-        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return layer
+    std = config.text_config.initializer_range
+    return OwnLinear(base, std if config.path == "scratch" else None)
 
 # ---- The cache -----------------------------------------------------------------------------------
 
@@ -757,9 +744,8 @@ class CachedPath(DiffusionPath):
 
 # ---- The model -----------------------------------------------------------------------------------
 
-CACHE = "past_key_values"                           # the cache's name in the library's outputs
-if "cache" in CausalLMOutputWithPast.__dataclass_fields__:
-    CACHE = "cache"                                 # since transformers 5.24
+OUTPUTS = CausalLMOutputWithPast.__dataclass_fields__
+CACHE = "cache" if "cache" in OUTPUTS else "past_key_values"    # renamed in transformers 5.24
 
 @dataclass
 class L2DOutput(CausalLMOutputWithPast):
@@ -768,28 +754,21 @@ class L2DOutput(CausalLMOutputWithPast):
     evaluations: torch.Tensor | None = None
     passes: torch.Tensor | None = None
 
-def check_rising(position_ids, attention_mask):
-    """ValueError: positions [B, S] that do not rise from token to token: packed examples."""
-    pairs = position_ids[:, 1:] > position_ids[:, :-1]
-    if attention_mask is not None:
-        real = attention_mask[:, -position_ids.shape[1]:].bool()
-        pairs = pairs | ~real[:, 1:] | ~real[:, :-1]
-    if not pairs.all():
-        raise ValueError("position_ids do not rise along a row: if it packs several examples, give "
-                         "each a row of its own, or one would read the other")
-
 def kept_columns(keep):
     """The columns of each row that keep [B, S] marks, then filler: int64 [B, N]."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
-def check_whole(base):
-    """ValueError: no base, or one with adapters in it."""
+def check_base(base):
+    """ValueError: no base, or one with adapters in it or on several devices."""
     if base is None:
         raise ValueError("a path needs its base: L2D.from_pretrained(FOLDER), or L2D(config, base)")
     if hasattr(base, "peft_type") or any(hasattr(m, "base_layer") for m in base.modules()):
         raise ValueError("the base holds adapters: merge them, base = base.merge_and_unload(), and "
                          "save it, so that the path can find it again")
+    if len(devices := sorted({str(p.device) for p in base.parameters()})) > 1:
+        raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
+                         'device: load it with device_map={"": 0}')
 
 def checksum(base):
     """Of the base's weights: of four rows of every tensor, as bfloat16, so that it is the same in
@@ -815,19 +794,15 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A frozen causal LM (`base`) and its diffusion path (`path`). To `generate`, pipelines and
     evaluation harnesses it is a causal LM whose logits take config.steps evaluations of the path.
     The base is shared, never changed and always in evaluation mode. The path is float32.
-    ValueError: a base of an unsupported architecture or of other sizes than the path's."""
+    ValueError: a base that the path cannot run on, or that is not the one it was trained on."""
     config_class = L2DConfig
     base_model_prefix = "base"
     _supports_sdpa = supports_gradient_checkpointing = True
     accepts_loss_kwargs = True              # so that Trainer passes num_items_in_batch
 
     def __init__(self, config, base=None):
-        check_whole(base)
+        check_base(base)
         config.check_base(base.config)
-        devices = sorted({str(p.device) for p in base.parameters()})
-        if len(devices) > 1:
-            raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
-                             'device: load it with device_map={"": 0}')
         config.base_model = config.base_model or base.name_or_path
         config.base_revision = config.base_revision or cached_commit(config.base_model)
         known, found = config.base_checksum, checksum(base)
@@ -853,13 +828,12 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     @torch.no_grad()
     def read_state(self):
         """Start the path as one that reads x_t: see `DiffusionPath.read_state`."""
-        base, V = self.base, self.base.config.vocab_size
-        n = min(V, 4 * base.config.hidden_size)         # tokens enough, all over the vocabulary
-        ids = torch.linspace(0, V - 1, n, device=base.device).long()
-        x_1 = self.path.vocabulary(base.model.embed_tokens(ids))
+        base, head = self.base, self.base.lm_head.weight
+        n = min(len(head), 4 * head.shape[1])           # tokens enough, all over the vocabulary
+        ids = torch.linspace(0, len(head) - 1, n, device=head.device).long()
         hidden = self.run_base(ids[None, ::n // 64 + 1], None, None, DynamicCache()).float()
-        size = hidden.pow(2).mean(-1).sqrt().median()
-        self.path.read_state(base.lm_head.weight[ids].float(), x_1, size)
+        self.path.read_state(head[ids].float(), self.path.vocabulary(base.model.embed_tokens(ids)),
+                             size=hidden.pow(2).mean(-1).sqrt().median())
 
     # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
     # of a weight that torch counts drop it.
@@ -908,12 +882,12 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         (B, S), device = input_ids.shape, input_ids.device
         cache = DynamicCache() if cache is None else cache
         past = int(cache.get_seq_length())
-        columns = torch.arange(S, device=device).expand(B, S)
-        columns = kept_columns(keep) if torch.is_tensor(keep) else columns[:, -keep:]   # [B, N]
-        if position_ids is None:
-            position_ids = past + torch.arange(S, device=device)
-        position_ids = position_ids.expand(B, S)
-        check_rising(position_ids, attention_mask)
+        every = torch.arange(S, device=device).expand(B, S)
+        columns = kept_columns(keep) if torch.is_tensor(keep) else every[:, -keep:]     # [B, N]
+        position_ids = past + every if position_ids is None else position_ids.expand(B, S)
+        if attention_mask is None and (position_ids.diff() < 1).any():
+            raise ValueError("position_ids do not rise along a row: if it packs several examples, "
+                             "give each a row of its own, or one would read the other")
         hidden = self.run_base(input_ids, attention_mask, position_ids, cache)
         def kept(x):                                    # [B, S, ..] -> [B, N, ..]
             return x[torch.arange(B, device=device)[:, None], columns]
@@ -961,17 +935,14 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             padding = length - attention_mask.shape[1]
             visible = visible & F.pad(attention_mask.bool(), (0, padding))[:, None]
         visible = visible | (key == query)                  # else a query on padding would be NaN
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None) or math.inf
+        kinds = getattr(config, "layer_types", None)            # without it, all have the window
+        kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
         G, masks = config.num_attention_heads // config.num_key_value_heads, {}
         for kind in set(kinds):
-            shown = visible
-            if kind == "sliding_attention" and window:
-                shown = visible & (key > query - window)
-            mask = torch.zeros(shown.shape, dtype=self.base.dtype, device=columns.device)
-            mask = mask.masked_fill(~shown, -math.inf)
+            within = key > query - (window if kind == "sliding_attention" else math.inf)
+            mask = torch.zeros(visible.shape, dtype=self.base.dtype, device=columns.device)
+            mask = mask.masked_fill(~(visible & within), -math.inf)
             masks[kind] = mask.repeat_interleave(G, dim=1)[:, None]
         return masks, kinds
 
@@ -1091,6 +1062,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         base_model = self.config.base_model
         if os.path.isdir(base_model):
             self.config.base_model = relative_path(base_model, save_directory)
+        self.config.base_checksum = checksum(self.base) or self.config.base_checksum
         try:
             super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
         finally:
@@ -1127,9 +1099,9 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
         if config is None:
             config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
-            if config.get("model_type") != "l2d":
-                raise ValueError(f"{name_or_path} holds a model of type {config.get('model_type')!r}"
-                                 " and no trained path: train one on it with train.py --model")
+            if (kind := config.get("model_type")) != "l2d":
+                raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
+                                 "path: train one on it with train.py --model")
             config = L2DConfig.from_dict(config, **changes)
         config.update(changes)
         config.name_or_path = str(name_or_path)
@@ -1138,8 +1110,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             config.base_model = moved
         if config.base_checksum is None:
             warnings.warn(f"{name_or_path} holds no checksum of its base, which is not checked")
-        base = load_base(config, **kwargs) if base is None else base
-        model = cls(config, base)
+        model = cls(config, base or load_base(config, **kwargs))
         file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)
         model.load_path(load_file(file))            # safetensors: a format that runs no code
         return model.eval()

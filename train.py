@@ -27,8 +27,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from l2d import (IGNORE, INITS, PATHS, TIMESTEPS, L2D, L2DConfig, diffuse,
-                 diffusion_losses)
+from l2d import CHOICES, IGNORE, L2D, L2DConfig, diffuse, diffusion_losses
 from support import chats, console, processes, tiny
 from support.processes import from_first, rank, world
 
@@ -57,11 +56,13 @@ def make_parser(description=__doc__):
     add("--sigma", type=float, default=64.0, help="noise scale")
     add("--dim", type=int, default=256, help="size of the diffusion state")
     add("--cond-dim", type=int, default=256, help="size of the conditioning vector")
-    add("--path", choices=PATHS, default="lora", help="LoRA, trained copies of layers, or new ones")
+    add("--path", choices=CHOICES["path"], default="lora",
+        help="LoRA, trained copies of layers, or new ones")
     add("--lora-rank", type=int, default=32, help="rank of the updates")
     add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
-    add("--init", choices=INITS, default="paper", help="random, or reading x_t from the start")
-    add("--timesteps", choices=TIMESTEPS, default="uniform", help="how t is drawn")
+    add("--init", choices=CHOICES["init"], default="paper",
+        help="random, or reading x_t from the start")
+    add("--timesteps", choices=CHOICES["timesteps"], default="uniform", help="how t is drawn")
     add = parser.add_argument_group("optimisation (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
     add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")

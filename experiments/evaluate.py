@@ -42,7 +42,7 @@ from transformers import GenerationConfig
 
 from experiments.results import (Bench, add_models, add_questions, append_line, check_questions,
                                  interval, is_path, model_folders)
-from l2d import L2D, TABLEAUS, VELOCITIES, check_steps
+from l2d import CHOICES, L2D, TABLEAUS, check_steps
 from support.chats import DATE, dated, read_file
 from support.console import (check_numbers, console, load_base, load_model, load_tokenizer,
                              pick_device)
@@ -338,7 +338,7 @@ def parse_args():
     add_questions(parser)
     add("--steps", type=int, nargs="+", help="T (default: 1 3 7 15 31; with --tasks 1 15)")
     add("--solver", choices=TABLEAUS, help="(default: midpoint)")
-    add("--velocity", choices=VELOCITIES, help="(default: argmax)")
+    add("--velocity", choices=CHOICES["velocity"], help="(default: argmax)")
     add("--t-start", type=float,
         help="where the integration starts (default: 0); T = 1 is then one evaluation on noise")
     add("--t-end", type=float, help="where the integration stops (default: the solver's)")

@@ -34,7 +34,7 @@ from experiments.results import is_path, read_log
 from experiments.tokens import (COMPARE, SHARES, answer, at_uniform_times, bayes, gains, on_truth,
                                 read, report, report_over, shared, summary, sweep, usual, way_from,
                                 way_noise, way_steps, way_told)
-from l2d import INITS, L2D, L2DConfig
+from l2d import CHOICES, L2D, L2DConfig
 from support import chats
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
                              load_tokenizer, pick_device, save_tensors, write_whole)
@@ -288,7 +288,7 @@ def parse_args():
         help="examples per update (default: %(default)s)")
     for name, value in PATH.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value,
-            choices=INITS if name == "init" else None, help="of the path (default: the paper's %(default)s)")
+            choices=CHOICES["init"] if name == "init" else None, help="of the path (default: the paper's %(default)s)")
     add("--seed", type=int, default=USUAL["seed"], help="of the training (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")

@@ -417,7 +417,7 @@ def spoil(monkeypatch):
     return spoil
 
 
-@pytest.mark.parametrize("velocity", l2d.VELOCITIES)
+@pytest.mark.parametrize("velocity", l2d.CHOICES["velocity"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("solver, steps", [
     ("euler", 6), ("midpoint", 7), ("rk4", 9), ("fehlberg2", 2), ("bosh3", 2)])
