@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """L2D: large language models to diffusion finetuning (Cetin, Zhao, Tang, ICML 2025), in one file.
 
-A causal LM spends the same work on every token. L2D freezes the LM (the *main path*) and trains a
-second way through the same layers, the *diffusion path*: LoRA updates of the LM's weights and a few
-small layers of its own. It starts a token from noise x_0 and integrates an ODE from t = 0 to t = 1.
-At each evaluation the path sees the state x_t, the LM predicts a token from it, and the velocity
-points from x_t to x̂, the point of that token. The state follows it over an interval of length h.
+L2D freezes a causal LM (the *main path*) and trains a second way through the same layers, the
+*diffusion path*: LoRA updates of the LM's weights and a few small layers of its own. It starts a
+token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation the path sees the
+state x_t, the LM predicts a token from it, and the velocity points from x_t to x̂, the point of that
+token. The state follows it over an interval of length h.
 
   tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
                                                                   │                     │
@@ -46,19 +46,17 @@ that loads, generates and saves.
 import copy
 import math
 import os
-import shutil
 import threading
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -771,14 +769,15 @@ def check_base(base):
                          'device: load it with device_map={"": 0}')
 
 def checksum(base):
-    """Of the base's weights: of four rows of every tensor, as bfloat16, so that it is the same in
+    """Of the base's shapes and of four rows of every tensor, as bfloat16, so that it is the same in
     float32. None: they have other numbers (quantised, float16) or none (the meta device)."""
     found = 0
-    for _, p in sorted(base.named_parameters()):
+    for name, p in sorted(base.named_parameters()):
         if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             return None
         rows = p.detach().reshape(-1, p.shape[-1])
         rows = rows[::max(1, len(rows) // 4)].to("cpu", torch.bfloat16)
+        found = zlib.crc32(f"{name} {list(p.shape)}".encode(), found)
         found = zlib.crc32(rows.view(torch.int16).numpy().tobytes(), found)
     return f"{found:08x}"
 
@@ -1057,30 +1056,22 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         tensors, most = self.path.state_dict(), convert_file_size_to_int(max_shard_size or "1000GB")
         refused = any(map(kwargs.get, ("variant", "distributed_checkpoint", "push_to_hub")))
         if refused or sum(t.nbytes for t in tensors.values()) > most:
-            raise ValueError("a path is saved as one file: leave out max_shard_size, variant and "
-                             "distributed_checkpoint; upload it with model.push_to_hub(NAME)")
+            raise ValueError("a path is saved as one file: leave out max_shard_size, variant, "
+                             "distributed_checkpoint and push_to_hub")
         base_model = self.config.base_model
         if os.path.isdir(base_model):
-            self.config.base_model = relative_path(base_model, save_directory)
+            with suppress(ValueError):                  # it lies on another drive of Windows
+                relative = os.path.relpath(base_model, save_directory)
+                self.config.base_model = relative.replace(os.sep, "/")
         self.config.base_checksum = checksum(self.base) or self.config.base_checksum
         try:
             super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
         finally:
             self.config.base_model = base_model
 
-    def push_to_hub(self, repo_id, private=None, token=None, **kwargs):
-        """Upload the path, and the card of the folder it comes from. ValueError: a local base."""
-        base, card = self.config.base_model, os.path.join(self.config.name_or_path, "README.md")
-        if not base or os.path.isdir(base):
-            raise ValueError(f"the base {base!r} is not on the hub, so nobody could load the path: "
-                             "upload it, and set model.config.base_model to its name there")
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            if os.path.isfile(card):
-                shutil.copy(card, folder)
-            repo = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
-            return HfApi(token=token).upload_folder(repo_id=repo.repo_id, folder_path=folder,
-                                                    **kwargs)
+    def push_to_hub(self, *args, **kwargs):
+        raise ValueError("upload the folder of the path, which holds its card: hf upload NAME "
+                         "FOLDER. Its config.json must name a base_model that is on the hub")
 
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
@@ -1146,12 +1137,6 @@ def load_base(config, **kwargs):
         kwargs["revision"] = config.base_revision
     return AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False,
                                                 **kwargs)
-
-def relative_path(path, start):
-    try:
-        return os.path.relpath(path, start).replace(os.sep, "/")
-    except ValueError:                                  # on another drive of Windows
-        return path
 
 # A copy of this file lies in every folder of a path. If told to trust it, the library runs that
 # copy, for its folder alone; only `import l2d` makes the name l2d known everywhere.
