@@ -4,8 +4,8 @@
 L2D freezes a causal LM (the *main path*) and trains a second way through the same layers, the
 *diffusion path*: LoRA updates of the LM's weights and a few small layers of its own. It starts a
 token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation the path sees the
-state x_t, the LM predicts a token from it, and the velocity points from x_t to x̂, the point of that
-token. The state follows it over an interval of length h.
+state x_t, the LM predicts a token from it, and the velocity points from x_t to x̂, which is that
+token as a point. The state follows the velocity over an interval of length h.
 
   tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
                                                                   │                     │
