@@ -3,28 +3,30 @@
 
 L2D freezes a causal LM (the *main path*) and trains a second way through the same layers, the
 *diffusion path*: LoRA updates of the LM's weights and a few small layers of its own. It starts a
-token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation the path sees the
-state x_t, the LM predicts a token from it, and the velocity points from x_t to x̂, which is that
-token as a point. The state follows the velocity over an interval of length h.
+token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation, what the path
+makes of the state x_t is added to the LM's last hidden state, and the LM's head predicts a token.
+The velocity points from x_t to x̂, the point of that token. Here is one step of Euler's method,
+over an interval of length h:
 
   tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
                                                                   │                     │
                                                                   ▼                     ▼
   x_t ──► rescale, MLP ──► f ──► blocks i: cross attention, MLP ──► f ──► hidden + (w(t) − w(0))·f
-   ▲         ▲                   (the LM's weights + LoRA)                  ▲           │
-   │         │                    ▲ scale, shift, gate                      │           ▼
-   │         └──────── time t ────┴──── and class ──────────────────────────┘   LM's norm and head
+   ▲                             (the LM's weights + LoRA; t and class                  │
+   │                              set scales, shifts and gates)                         ▼
+   │                                                                          LM's norm and head
    │                                                                                    │
    └───── x_t + h·(x̂ − x_t)/(1 − t) ◄───── x̂ = x_1(predicted token) ◄───── logits ◄─────┘
 
 The diffusion token at position k stands for the next token, the one the LM predicts at k. It sees
 the main path at positions 0..k and no other diffusion token. `steps`, the paper's T, counts the
-evaluations per token: all but the last give velocities, and the last gives the answer. The first,
-at t = 0, gives the LM's own logits, since the path's weight w(0) − w(0) is 0 there. With T = 1 it
-is also the last, so the answer is that of the untouched LM. (With config.t_start = 0, the default.)
+evaluations per token: all but the last give velocities, and the last gives the answer. The first is
+at t = 0 (if config.t_start = 0, the default). There f has the weight w(0) − w(0) = 0, so the logits
+are the LM's own. With T = 1 it is also the last, and the answer is that of the untouched LM.
 
-While x̂ stays the same token, the state moves on a straight line, so its later places are known in
-advance. Therefore T evaluations rarely take T passes of the path: see `draft_and_check`.
+A *pass* is one run of the path, for one state of a token or for several. While x̂ stays the same
+token, the state moves on a straight line, so its later places are known in advance. Therefore T
+evaluations rarely take T passes: see `draft_and_check`. "The release" is the authors' code.
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -34,11 +36,14 @@ advance. Therefore T evaluations rarely take T passes of the path: see `draft_an
   t               t                     [B, N, 1]   0 is noise, 1 the token; [1, 1, 1] if shared
   f               f                     [B, N, D]   hidden state of the path
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
-  w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
+  w(t) − w(0)     weight                [B, N, D]   how much of f is added to the LM's state
 
-Shapes: B rows of S tokens; N diffusion tokens in each (one per target in training, one in
-generation); L cached keys, D hidden size, d diffusion dimension, C size of the conditioning,
-V vocabulary; heads of size E: H of queries, K of keys, and G = H / K queries for each key head.
+  B  rows of S tokens                        D  hidden size of the LM      V  vocabulary
+  N  diffusion tokens in each: the           d  size of x_t                E  size of a head
+     targets in training, or the             C  size of the embedding      H  heads of queries
+     positions to predict                       of time and class          K  heads of keys
+  L  cached keys                                                           G  H / K
+
 `config` holds all settings (see L2DConfig). Part I is the method. Part II turns it into a causal LM
 that loads, generates and saves.
 """
@@ -67,11 +72,11 @@ from transformers.utils.hub import convert_file_size_to_int, extract_commit_hash
 
 # Random numbers are a hash of their address (counter-based), not draws from a generator. So a
 # token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
-# is the row's seed, the position and the use. Each use has a stream of its own:
+# is the row's seed, the position and the use (and the time, if there are several draws):
 TIME, NOISE, DROP, VELOCITY = range(4)
 
 def splitmix64(x):
-    """Its mixing step, on int64. Products wrap around; masks make the shifts logical."""
+    """The mixing step of SplitMix64, on int64: products wrap around, masks make shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -82,7 +87,8 @@ def uniform(n, *address):
     for coordinate in address:
         key = splitmix64(key ^ coordinate)
     index = torch.arange(1, n + 1, device=key.device) * -0x61C8864680B583EB
-    return ((splitmix64(key[..., None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
+    bits = (splitmix64(key[..., None] + index) >> 41) & 0x7FFFFF
+    return (bits.float() + 0.5) / 2**23                 # exact in float32, and never 0 or 1
 
 def normal(n, *address):
     """n standard normal numbers at an address: float32 [.., n]."""
@@ -121,8 +127,7 @@ class LoRALinear(nn.Module):
 # ---- Time and class conditioning (Section 3.2) ---------------------------------------------------
 
 def time_features(t, size):
-    """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size].
-    For t in [0, 1] most hardly vary; kept as in the authors' code, "the release" below."""
+    """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size]."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
@@ -163,7 +168,8 @@ class Context:
     sin: torch.Tensor                   # [B, N, 1, E]
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
-    masks: dict                         # kind of attention -> [B, 1, N·G, L]  0 visible, else −inf
+    masks: dict                         # kind of attention (full or sliding window)
+                                        #   -> [B, 1, N·G, L]  0 visible, −inf not
     kinds: list                         # per block, its kind of attention
     seeds: torch.Tensor                 # [B, N]  of each row
     positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
@@ -173,14 +179,15 @@ class Context:
         return self.lm.lm_head(self.lm.model.norm(hidden))
 
     def tile(self, n):
-        """Every token n times in a row, for n states of it: N becomes N·n. Keys and values stay:
-        more states are more queries. (In a mask, the G heads of a query are innermost.)"""
+        """Every token n times in a row, for n states of it (in guidance, in drafts): N becomes N·n.
+        Keys and values stay: more states are more queries."""
         def tiled(x):
             return x if x is None else x.repeat_interleave(n, dim=1)
         names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
         N, masks = self.positions.shape[1], {}
         for kind, mask in self.masks.items():
-            masks[kind] = mask.unflatten(2, (N, -1)).repeat_interleave(n, dim=2).flatten(2, 3)
+            mask = mask.unflatten(2, (N, -1))                                   # [B, 1, N, G, L]
+            masks[kind] = mask.repeat_interleave(n, dim=2).flatten(2, 3)
         return replace(self, masks=masks, **{name: tiled(getattr(self, name)) for name in names})
 
 def recomputed(function, *inputs):
@@ -190,8 +197,8 @@ def recomputed(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 def modulate(x, norm, scale, shift):
-    """(gain + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
-    gain is the LM's frozen norm weight. (DiT has 1 in its place.)"""
+    """(norm.weight + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
+    norm.weight is the LM's, frozen."""
     def compute(x, scale, shift):
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
         return ((norm.weight.float() + scale) * normed + shift).to(x.dtype)
@@ -270,10 +277,9 @@ class DiffusionPath(nn.Module):
     def initialize(self):
         """Xavier-uniform weights and zero biases; N(0, 0.02²) for the embeddings of time and class.
         output_weight and every adaLN_modulation end in a zero-initialised layer: the path starts
-        with weight 0, its blocks as the identity. At first only output_weight's last layer has a
-        gradient."""
+        with weight 0, its blocks as the identity."""
         for module in self.modules():
-            if type(module) is Linear:              # and not an OwnLinear
+            if type(module) is Linear:              # and not the OwnLinear of Part II
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_embedder[0].weight, std=0.02)
@@ -283,19 +289,6 @@ class DiffusionPath(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[2].weight)
         nn.init.zeros_(self.output_weight[2].weight)
-
-    @torch.no_grad()
-    def read_state(self, head, x_1, size):
-        """config.init = "tied": begin with f = M x_t, where M solves head_j·M ≈ x_1(j) for tokens j
-        by least squares: head [.., D], x_1 [.., d]. The head's logits of f are then x_1(j)·x_t, all
-        that Bayes' rule takes from x_t. f has the `size` (root mean square) of the LM's hidden
-        state: added to a much larger one, it would not be heard before w(t) has grown as much."""
-        first, last = self.x_embedder[0].weight, self.x_embedder[2].weight
-        nn.init.orthogonal_(first, gain=0.3)            # small, since SiLU(x) is near x/2 there
-        A = head.T @ head
-        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
-        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
-        last.copy_(2 / 0.3**2 * size * math.sqrt(len(M)) / M.norm() * M @ first.T)
 
     def condition(self, t, class_ids):
         """The embedding of time t [B, N, 1] plus that of the class [B, N]: [B, N, C]."""
@@ -328,8 +321,7 @@ class DiffusionPath(nn.Module):
 IGNORE = -100                                       # label of a position that is not learnt
 
 def initial_noise(config, context):
-    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. In training each row has a new seed in
-    every update."""
+    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]."""
     return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
 
 def diffusion_losses(path, context, targets):
@@ -368,14 +360,14 @@ def estimate(path, logits, t, context):
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
-        # A draw from softmax(logits / tau) with tau = 1 − t: the argmax of logits + tau·Gumbel
-        # noise. (The release takes tau from the end of the interval.) The time, as a whole number,
-        # goes into the noise, so every time has a draw of its own.
+        # A draw from softmax(logits / tau) is the argmax of logits + tau·Gumbel noise. tau = 1 − t,
+        # so late draws are the most likely token. (In the release tau is that of the interval's
+        # end.) The time, as a whole number, goes into the noise: every time has its own draw.
         moment = (t[..., 0] * 2**24).long()         # float32 has 24 bits
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1, keepdim=True)
-    return table[token[..., 0]] + 0 * value.float()     # NaN has an argmax; 0·NaN keeps it visible
+    return table[token[..., 0]] + 0 * value.float()     # argmax hides NaN, this puts it back
 
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
@@ -385,7 +377,7 @@ def evaluate(path, x, t, context):
     if w == 1:
         logits = predict(path, x, t, context)
         return logits, estimate(path, logits, t, context)
-    both = context.tile(2)
+    both = context.tile(2)                          # copies; even: with class, odd: without
     both.class_ids[:, 1::2] = path.null
     t = t.expand(*x.shape[:2], 1).repeat_interleave(2, dim=1)
     logits = predict(path, x.repeat_interleave(2, dim=1), t, both)              # [B, 2N, V]
@@ -393,7 +385,7 @@ def evaluate(path, x, t, context):
     return logits[:, ::2], w * with_class + (1 - w) * without
 
 def predict(path, x, t, context):
-    """Logits [B, N, V]. At t = 0 the path's weight is 0, so it need not run: the LM's own."""
+    """Logits [B, N, V]. If all t are 0, the path's weight is 0, and it need not run."""
     return path(x, t, context) if t.any() else context.logits(context.main_hidden)
 
 def velocity(x_hat, x, t):
@@ -407,8 +399,8 @@ def velocity(x_hat, x, t):
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge-Kutta method: k_i = dxdt(x + h·sum_j a_ij k_j, t + c_i h), and the interval
-    of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: h·sum_i error_i k_i
-    is the difference from a method of one order less."""
+    of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: error is b minus the
+    b of a method of one order less."""
     order: int
     c: tuple
     a: tuple
@@ -430,7 +422,7 @@ def weighted_sum(weights, ks):
     return sum(w * k for w, k in zip(weights, ks) if w != 0)
 
 def stages(dxdt, x, t, h, tableau, k_1):
-    """k_1 .. k_s of the interval from t to t + h; k_1 is given, as a second try has it already."""
+    """k_1 .. k_s of the interval from t to t + h, given k_1."""
     ks = [k_1]
     for c, a in zip(tableau.c[1:], tableau.a[1:]):
         ks.append(dxdt(x + h * weighted_sum(a, ks), t + c * h))
@@ -453,7 +445,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t)
     reused = tableau.a[-1] == tableau.b[:-1]        # the last k is taken at x_new: the next k_1
-    cost = len(tableau.c) - reused                  # evaluations of a try and a new k_1
+    cost = len(tableau.c) - int(reused)             # evaluations of a try, and of its new k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -461,7 +453,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error over the tolerance, as a root mean square over d, is at most 1.
-        # (NaN passes, and the next interval, of length NaN, goes to t_end.)
+        # (NaN passes, too, and makes the next interval the last.)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
@@ -481,28 +473,31 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
-ROWS = 128                              # a pass of the path drafts up to so many states in all
-
 def end_time(config):
-    """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
-    the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
+    """Where the integration stops: at 1. But the velocity divides by 1 − t, so a method that
+    evaluates it at the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if later."""
     if config.t_end is not None:
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
+ROWS = 128                              # the most states in a pass that has several of a token
+
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
-    """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps); the
-    evaluations used, and the passes of the path that they took, both int64 [B, N]. Adaptive solvers
-    choose their own T, unless it is 1. config.t_start > 0 (not in the paper) starts there, from
-    (1 − t_start)·x_0: x_t without its token. Then every evaluation runs the path, even if T = 1.
-    observe(x_t, t, logits) is called at each evaluation; then they are made one by one."""
+    """Logits [B, N, V] of the next token; the evaluations used, and the passes that they took, both
+    int64 [B, N].
+    steps              T (default: config.steps). Adaptive solvers choose their own, unless T = 1
+    config.t_start     if above 0 (not in the paper): start there from (1 − t_start)·x_0, which is
+                       x_t without its token; then every evaluation runs the path, even if T = 1
+    observe            observe(x_t, t, logits) is called at each evaluation, one after the other"""
     config, tableau = path.config, TABLEAUS[path.config.solver]
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
-    x = (1 - start) * initial_noise(config, context)
     check_steps(config.solver, T)
-    size = ROWS // (x[..., 0].numel() * (1 if config.guidance == 1 else 2))     # of one token
-    n = (T - 1) // len(tableau.c)                   # intervals
+    x = (1 - start) * initial_noise(config, context)
+    queries = x[..., 0].numel() * (1 if config.guidance == 1 else 2)
+    together = ROWS // queries if config.velocity != "expectation" and observe is None else 1
+    if T > 1 and not tableau.error and together > 1:    # ("expectation": x̂ moves all the time)
+        return draft_and_check(path, context, x, together, *unroll(config.solver, start, end, T))
 
     def dxdt(x, t):
         logits, x_hat = evaluate(path, x, t, context)
@@ -510,17 +505,13 @@ def diffuse(path, context, steps=None, observe=None):
             observe(x, t, logits)
         return velocity(x_hat, x, t)
 
-    t, used = x.new_full((1, 1, 1), end), torch.full_like(context.positions, T)
-    if T == 1:
-        t = x.new_full((1, 1, 1), start)
-    elif tableau.error:
+    t, used = x.new_full((1, 1, 1), end if T > 1 else start), torch.full_like(context.positions, T)
+    if T > 1 and tableau.error:
         x, t, used = solve_adaptive(dxdt, x, start, end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
         used = used + 1
-    elif size < 2 or config.velocity == "expectation" or observe is not None:
-        x = solve_fixed(dxdt, x, start, end, n, tableau)
-    else:                               # (with "expectation", x̂ moves all the time)
-        return draft_and_check(path, context, x, size, *unroll(config.solver, start, end, T))
+    elif T > 1:
+        x = solve_fixed(dxdt, x, start, end, (T - 1) // len(tableau.c), tableau)
     logits = predict(path, x, t, context)           # the answer is of the class, unguided
     if observe is not None:
         observe(x, t, logits)
@@ -529,9 +520,10 @@ def diffuse(path, context, steps=None, observe=None):
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
     """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. The state
-    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. W
-    follows from solver and times alone: run the solver from 0, with unit vectors as x̂. W_ij is 0
-    for j >= i, as a state depends on the evaluations before it."""
+    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. For W,
+    run the solver from x_0 = 0 with unit vectors as x̂_j: then state i is row i of W. (Another x_0
+    only shifts all of it, as the velocity depends on x̂ − x.) W_ij is 0 for j >= i, as a state
+    depends on the evaluations before it."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -542,29 +534,33 @@ def unroll(solver, t_start, t_end, steps):
     times.append(x.new_tensor([t_end]))
     return torch.stack([*states, x]).float(), torch.cat(times).float()
 
-def draft_and_check(path, context, x_0, size, weights, times):
-    """What the loop over the T evaluations gives, in fewer passes of the path, each of at most
-    `size` states of a token; weights and times are those of `unroll`.
+def draft_and_check(path, context, x_0, most, weights, times):
+    """What the loop over the T evaluations gives, in fewer passes, each of at most `most` states of
+    a token; weights and times are those of `unroll`.
 
-    Draft what all evaluations will find: the last known x̂. Then all states are known, and a pass
-    evaluates several. A state depends only on the x̂ before it. So up to the first x̂ that is not
-    as drafted, the states were those of the loop; this x̂ is, too, for its state was. Keep these,
-    and draft the rest anew. Every pass makes one more evaluation known at least, so there are never
-    more passes than evaluations. (Sums are rounded in another order, which can turn a near-tie.)"""
-    (B, N, _), T, x_0 = x_0.shape, len(times), x_0[:, :, None]
+    Draft that all evaluations find the last known x̂. Then all states are known, and one pass
+    evaluates many. An example with T = 5, where A and B are two values of x̂ and A is the first:
+
+      draft A A A A A -> found _ A B B A    the states up to the B were right, so this B is right
+      draft A A B B B -> found _ _ _ B B    all as drafted: the logits of the last are the answer
+
+    A state depends only on the x̂ before it. So up to the first x̂ that is not as drafted, this one
+    included, states and x̂ are those of the loop. Every pass makes at least one more evaluation
+    known, so there are never more passes than evaluations. (Rounding can turn a near-tie.)"""
+    (B, N, _), T = x_0.shape, len(times)
     weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T)))
-    answer, x_hat = evaluate(path, x_0[:, :, 0], times.new_zeros(1, 1, 1), context)
-    x_hats = x_hat[:, :, None].expand(B, N, T, -1)          # the first draft: the LM's own token
-    known = (times[0] == 0).long().expand(B, N)             # evaluations done; at t = 0, the first
+    answer, x_hat = evaluate(path, x_0, times.new_zeros(1, 1, 1), context)  # the LM's own token
+    x_0, x_hats = x_0[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
+    known = (times[0] == 0).long().expand(B, N)         # so many evaluations of each token are done
     passes = torch.zeros_like(known)
-    while (n := min(size, T - int(known.min()))) > 0:
-        # The next n evaluations of each token, [B, N, n]. (The last one again, if there are fewer.)
-        i = (known[..., None] + index[:n]).clamp(max=T - 1)
+    while (n := min(most, T - int(known.min()))) > 0:
+        # The next n evaluations of each token. (If there are fewer, the last one again.)
+        i = (known[..., None] + index[:n]).clamp(max=T - 1)                     # [B, N, n]
         x = x_0 + weights[i] @ (x_hats - x_0)                                   # [B, N, n, d]
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # Those up to the first that is not as drafted, this one included, are known now.
+        # Those up to the first that is not as drafted are known now. (None, if all were.)
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
         new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
         new = new.clamp(max=n).minimum(T - known)
@@ -572,7 +568,7 @@ def draft_and_check(path, context, x_0, size, weights, times):
         last = (new - 1).clamp(min=0)[..., None, None]
         ended = ((new > 0) & (known == T))[..., None]
         answer = torch.where(ended, logits.take_along_dim(last, dim=2)[:, :, 0], answer)
-        # From the last known evaluation on, its x̂ is the draft.
+        # Draft the last of them for all that follow. (Those before it were as drafted.)
         later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
         x_hats = torch.where(later, x_hat.take_along_dim(last, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
@@ -724,8 +720,8 @@ def path_linear(config, base):
 # ---- The cache -----------------------------------------------------------------------------------
 
 class CachedPath(DiffusionPath):
-    """A path in evaluation mode, with what depends on weights alone computed once: the blocks in
-    the LM's dtype and the vocabulary's table. It is the one cache of this file."""
+    """A path in evaluation mode, with what depends on weights alone computed once: a copy of the
+    blocks in the LM's dtype, and the vocabulary's table. All else is the path's own."""
 
     def __init__(self, path, dtype):
         nn.Module.__init__(self)
@@ -753,11 +749,11 @@ class L2DOutput(CausalLMOutputWithPast):
     passes: torch.Tensor | None = None
 
 def kept_columns(keep):
-    """The columns of each row that keep [B, S] marks, then filler: int64 [B, N]."""
+    """The columns of each row that keep [B, S] marks, then filler: int64 [B, N] (True first)."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
-def check_base(base):
+def check_whole(base):
     """ValueError: no base, or one with adapters in it or on several devices."""
     if base is None:
         raise ValueError("a path needs its base: L2D.from_pretrained(FOLDER), or L2D(config, base)")
@@ -769,8 +765,8 @@ def check_base(base):
                          'device: load it with device_map={"": 0}')
 
 def checksum(base):
-    """Of the base's shapes and of four rows of every tensor, as bfloat16, so that it is the same in
-    float32. None: they have other numbers (quantised, float16) or none (the meta device)."""
+    """A checksum of the base's shapes and of four rows of every tensor, as bfloat16, so that it is
+    the same in float32. None: a base in another format (quantised, float16) or on "meta"."""
     found = 0
     for name, p in sorted(base.named_parameters()):
         if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
@@ -800,7 +796,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     accepts_loss_kwargs = True              # so that Trainer passes num_items_in_batch
 
     def __init__(self, config, base=None):
-        check_base(base)
+        check_whole(base)
         config.check_base(base.config)
         config.base_model = config.base_model or base.name_or_path
         config.base_revision = config.base_revision or cached_commit(config.base_model)
@@ -817,7 +813,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         with base.device:
             self.path = DiffusionPath(config, base.model.layers, partial(path_linear, config))
             if config.init == "tied":
-                self.read_state()
+                self.start_tied()
         self.cached = None                              # or (stamp of the weights, CachedPath)
         self.post_init()
 
@@ -825,14 +821,23 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
 
     @torch.no_grad()
-    def read_state(self):
-        """Start the path as one that reads x_t: see `DiffusionPath.read_state`."""
-        base, head = self.base, self.base.lm_head.weight
-        n = min(len(head), 4 * head.shape[1])           # tokens enough, all over the vocabulary
+    def start_tied(self):
+        """config.init = "tied": x_embedder begins as f = M x_t. All x_1 have one length, so Bayes'
+        rule takes from x_t only the scores x_1(j)·x_t of the tokens j. The LM's head gives f the
+        scores head_j·f. So M solves head_j·M ≈ x_1(j), by least squares over many tokens. f has the
+        size of the LM's hidden state; otherwise f would be lost in it until w(t) has grown."""
+        head, (first, _, last) = self.base.lm_head.weight, self.path.x_embedder
+        n = min(len(head), 4 * head.shape[1])
         ids = torch.linspace(0, len(head) - 1, n, device=head.device).long()
+        x_1, head = self.path.vocabulary(self.base.model.embed_tokens(ids)), head[ids].float()
+        A = head.T @ head
+        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
+        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
+        # The size, as a root mean square, on a text of about 64 such tokens.
         hidden = self.run_base(ids[None, ::n // 64 + 1], None, None, DynamicCache()).float()
-        self.path.read_state(head[ids].float(), self.path.vocabulary(base.model.embed_tokens(ids)),
-                             size=hidden.pow(2).mean(-1).sqrt().median())
+        M *= hidden.pow(2).mean(-1).sqrt().median() * math.sqrt(len(M)) / M.norm()
+        nn.init.orthogonal_(first.weight, gain=0.3)     # small, as SiLU(x) is near x/2 there
+        last.weight.copy_(2 / 0.3**2 * M @ first.weight.T)
 
     # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
     # of a weight that torch counts drop it.
@@ -868,7 +873,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
                 caught.append(inputs[0])
-        with lm.norm.register_forward_pre_hook(catch):      # by position: the cache's name changes
+        with lm.norm.register_forward_pre_hook(catch):
             lm(input_ids, attention_mask, position_ids, cache, use_cache=True)
         return caught[0]
 
@@ -890,7 +895,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         hidden = self.run_base(input_ids, attention_mask, position_ids, cache)
         def kept(x):                                    # [B, S, ..] -> [B, N, ..]
             return x[torch.arange(B, device=device)[:, None], columns]
-        # Of the LM's own run: some rotary embeddings depend on the largest position there is.
+        # As in the LM's run, for all positions: some rotary embeddings depend on the largest one.
         cos, sin = map(kept, self.base.model.rotary_emb(hidden, position_ids))
         if seeds is None:
             seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
@@ -900,7 +905,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             lm=self.base, main_hidden=kept(hidden), cos=cos[:, :, None], sin=sin[:, :, None],
             keys=[layer.keys for layer in layers], values=[layer.values for layer in layers],
             masks=masks, kinds=kinds,
-            seeds=seeds.to(device).long().expand(B)[:, None].expand(B, N),      # 64-bit hash
+            seeds=seeds.to(device).long().expand(B)[:, None].expand(B, N),
             positions=kept(position_ids).long(),
             class_ids=self.check_classes(class_ids, B, N, device))
 
@@ -931,8 +936,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         key = torch.arange(length, device=columns.device)                               # [L]
         visible = key <= query
         if attention_mask is not None:
-            padding = length - attention_mask.shape[1]
-            visible = visible & F.pad(attention_mask.bool(), (0, padding))[:, None]
+            unused = length - attention_mask.shape[1]           # of a static cache
+            visible = visible & F.pad(attention_mask.bool(), (0, unused))[:, None]
         visible = visible | (key == query)                  # else a query on padding would be NaN
         window = getattr(config, "sliding_window", None) or math.inf
         kinds = getattr(config, "layer_types", None)            # without it, all have the window
@@ -976,7 +981,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if unknown:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
         caches = [c for c in (past_key_values, cache) if c is not None]
-        if len(caches) > (labels is None):
+        if len(caches) > (1 if labels is None else 0):
             raise ValueError("give one of past_key_values and cache, two names of one argument; "
                              "none with labels, as the loss is of whole sequences")
         if labels is not None:
@@ -990,7 +995,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         T = self.config.steps if steps is None else steps
         check_settings(self.config, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = torch.zeros(1)                      # no noise: take none of torch's numbers
+            seeds = torch.zeros(1)                      # no noise: leave torch's generator alone
         context = self.read(logits_to_keep, input_ids, attention_mask, position_ids, cache,
                             class_ids, seeds)
         logits, evaluations, passes = diffuse(self.current_path(), context, T)
@@ -1017,7 +1022,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, "
                              f"{list(attention_mask.shape)}; it must be {shape}")
         if attention_mask is not None and logits_to_keep and (
-                ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # prefill_chunk_size
+                ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # not in all of it
             raise ValueError("a row ends in padding, and its next token would follow that; pad on "
                              "the left to generate")
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
