@@ -11,18 +11,21 @@ the noise and the norms round, to 1 part in 2^24.
 
 import copy
 import inspect
+import io
 import json
 import math
 import ntpath
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +34,7 @@ import huggingface_hub
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig,
@@ -2111,18 +2115,24 @@ STEPS = ["--max-steps", "8", "--batch-size", "8", "--warmup-steps", "2", "--dim"
 TRAIN = ["train.py", "--model", "base", "--data", "chats.jsonl"]
 
 
-def start(script, *args, cwd):
-    """Run a script as a user would, in an empty folder."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def run(script, *args, cwd, code=0):
-    process = start(script, *args, cwd=cwd)
-    output = process.communicate()[0]
-    assert process.returncode == code, output
-    return output
+    """What a script prints in another folder. It runs in this process, to spare the start."""
+    output, ended, level = io.TextIOWrapper(io.BytesIO()), 0, transformers.logging.get_verbosity()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *map(str, args)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:                        # a text is printed, and stands for 1
+            ended = end.code if isinstance(end.code, int) else print(end.code) or 1
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    transformers.logging.set_verbosity(level)
+    output.seek(0)
+    text = output.read()
+    assert ended == code, text
+    return text
 
 
 def log(folder):
@@ -2361,12 +2371,15 @@ def test_the_result_of_training_loads(trained):
 def test_a_killed_run_resumes_to_the_same_parameters_bit_for_bit(trained):
     """Also with other micro-batches, which change rounding but nothing else."""
     folder, _ = trained
-    process = start(*TRAIN, "--out", "killed", *STEPS, cwd=folder)
+    script, *options = TRAIN
+    process = subprocess.Popen([sys.executable, ROOT / script, *options, "--out", "killed", *STEPS],
+                               cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.time() + 120
     while not (folder / "killed/checkpoint.safetensors").exists() and time.time() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     assert not (folder / "killed/model.safetensors").exists()
     shutil.copytree(folder / "killed", folder / "killed-2")
     run("train.py", "--resume", "--out", "killed", cwd=folder)

@@ -1,4 +1,4 @@
-"""How fast L2D runs: all states of a token together against the loop, and training.
+"""How fast L2D runs: all states of a token together against the loop.
 
     export OMP_NUM_THREADS=1                             and nothing else running
     python -m experiments.benchmark --out out/tiny-base-l2d           a trained path
@@ -10,9 +10,9 @@
                                     --flips 10000        in float32, whatever the folder has
 
 With --out, every token is an answer token of --data (default: the tiny questions beside the base),
-after the right tokens before it. The positions are shuffled, the same for every line. A shape has
-random weights, and random tokens before the position. Its path is fresh, so its weight is 0 and a
-draft always holds: that is the best case.
+after the right tokens before it. The positions are shuffled, the same for every line. Without, the
+base has random weights, and the tokens before the position are random. Its path is fresh, so its
+weight is 0 and a draft always holds: that is the best case.
 
 "together" is `diffuse`, "loop" the same with an observer, which makes it evaluate state by state.
 At every position both and the base run in turns, so other work hits them alike. A line has
@@ -24,9 +24,8 @@ At every position both and the base run in turns, so other work hits them alike.
 
 --loop-tokens limits the positions where the loop runs, and with it the times; passes, states and
 held are of all --tokens. A batch of B takes B positions at once. --rows sets l2d.ROWS. --flips
-counts the positions whose most likely token is not the loop's, 32 of them in a call. Without --out
-a last line compares an update of training with a loop that takes every position of a sequence, half
-of which is the answer, through path and head. On a CPU, only ratios mean something."""
+counts the positions whose most likely token is not the loop's, 32 of them in a call. On a CPU, only
+ratios mean something."""
 
 import argparse
 import math
@@ -36,33 +35,26 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import l2d
-from l2d import IGNORE, L2D, L2DConfig, check_steps, diffuse, initial_noise
+from l2d import L2D, L2DConfig, check_steps, diffuse
 from support.chats import encode, read_file
 from support.console import check_numbers, console, load_model, load_tokenizer, pick_device
 
-def shape(vocab, hidden, layers, heads, kv_heads, mlp, **more):
-    return LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=mlp, bos_token_id=None, eos_token_id=0,
-        pad_token_id=None, **more)
-
-SHAPES = {                              # two as in the published configurations, and a small one
-    "small": shape(32_000, 512, 8, 8, 2, 2048),
-    "smollm2-135m": shape(49_152, 576, 30, 9, 3, 1536, tie_word_embeddings=True),
-    "llama-1b": shape(128_256, 2048, 16, 32, 8, 8192, tie_word_embeddings=True, head_dim=64)}
+BASE = LlamaConfig(                                      # where there is no trained path
+    vocab_size=32_000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=2, intermediate_size=2048, bos_token_id=None, eos_token_id=0,
+    pad_token_id=None)
 
 # ---- Models and positions ------------------------------------------------------------------------
 
-def build(name, device, dtype, **settings):
-    """A fresh path on a base of a shape, with random weights."""
+def fresh(device, dtype):
+    """A fresh path on a base of random weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        base = AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
-    return L2D(L2DConfig(**settings), base).eval()
+        base = AutoModelForCausalLM.from_config(BASE, dtype=dtype)
+    return L2D(L2DConfig(), base).eval()
 
 def random_prefixes(model, args):
     V = model.base.config.vocab_size
@@ -181,44 +173,15 @@ def flips(model, prefixes, args, size=32):
             n, turned = n + one.numel(), turned + (one != other).sum().item()
         print(f"T = {T}: {turned} of {n:,} most likely tokens are not the loop's", flush=True)
 
-# ---- Training ------------------------------------------------------------------------------------
-
-def naive_loss(model, ids, labels):
-    """The loss as one would first write it: every position takes the path and the head."""
-    context = model.read(torch.ones_like(ids, dtype=torch.bool), ids)
-    t, targets = torch.rand(*ids.shape, 1, device=ids.device), ids.roll(-1, 1)
-    x_1 = model.path.vocabulary(model.base.get_input_embeddings()(targets))
-    x_t = (1 - t) * initial_noise(model.config, context) + t * x_1
-    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    logits = model.path(x_t, t, context)
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-
-def training(model, args):
-    """An update on a sequence whose second half is the answer, in turns after a warm-up."""
-    ids = torch.randint(model.base.config.vocab_size, (1, 2 * args.context), device=model.device)
-    labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < args.context, IGNORE)
-    optimizer = torch.optim.AdamW(model.train().path.parameters(), lr=1e-5)
-
-    def update(loss):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    runs = {"naive": lambda: update(naive_loss(model, ids, labels)),
-            "l2d": lambda: update(model(ids, labels=labels).loss)}
-    times = [[seconds(run) for run in runs.values()] for _ in range(args.rounds + 1)][1:]
-    naive, ours = map(statistics.median, zip(*times))
-    print(f"an update on {ids.shape[1]} tokens: naive / l2d = {naive / ours:.2f}")
-
 # ---- The command line ----------------------------------------------------------------------------
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", help="trained path (default: a shape)")
+    add("--out", help="trained path (default: a fresh one)")
     add("--data", help=".jsonl file of questions and answers (default: those beside the tiny base)")
-    add("--shape", choices=SHAPES, help="(default: small)")
-    add("--context", type=int, default=128, help="tokens before, for a shape (default: 128)")
+    add("--context", type=int, default=128, help="tokens before, without --out (default: 128)")
     add("--steps", type=int, nargs="+", default=[3, 15, 127], help="T (default: 3 15 127)")
     add("--batch", type=int, nargs="+", default=[1], metavar="B", help="(default: 1)")
     add("--rows", type=int, nargs="+", default=[l2d.ROWS], help="(default: %(default)s)")
@@ -226,18 +189,15 @@ def parse_args():
     add("--loop-tokens", type=int, default=100,
         help="positions where the loop runs, too (default: %(default)s)")
     add("--flips", type=int, default=0, metavar="N", help="count flips at N positions, no times")
-    add("--rounds", type=int, default=5, help="of training (default: %(default)s)")
     add("--threads", type=int, default=1, help="(default: %(default)s)")
     add("--device", default="cpu", help="(default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="(default: the folder's, or float32)")
     args = parser.parse_args()
     if args.data and not args.out:
-        parser.error("--data needs --out: a shape has random tokens")
-    if args.shape and args.out:
-        parser.error("--shape and --out are two models: give one")
+        parser.error("--data needs --out: a fresh path has random tokens")
     if args.flips and args.dtype == "bfloat16":
         parser.error("--flips is in float32: leave out --dtype")
-    check_numbers(parser, vars(args), ("context", "batch", "rows", "tokens", "loop_tokens", "rounds",
+    check_numbers(parser, vars(args), ("context", "batch", "rows", "tokens", "loop_tokens",
                                        "threads"), ["flips"])
     for T in args.steps:
         check_steps("midpoint", T)                       # ValueError before the measurements
@@ -252,16 +212,12 @@ def main():
         model = load_model(args.out, **kept).to(pick_device(args.device))
         prefixes = answer_prefixes(model, args)
     else:
-        model = build(args.shape or "small", pick_device(args.device), dtype)
+        model = fresh(pick_device(args.device), dtype)
         prefixes = random_prefixes(model, args)
-    name = args.out or f"{args.shape or 'small'}, fresh path"
-    print(f"{name}, {model.base.dtype}, {model.device}, {args.threads} thread(s), "
-          f"torch {torch.__version__}; {len(prefixes):,} positions")
-    if args.flips:
-        return flips(model, prefixes, args)
-    compare(model, prefixes, args)
-    if not args.out:
-        training(model, args)
+    print(f"{args.out or 'a fresh path'}, {model.base.dtype}, {model.device}, {args.threads} "
+          f"thread(s), torch {torch.__version__}; {len(prefixes):,} positions")
+    run = flips if args.flips else compare
+    run(model, prefixes, args)
 
 if __name__ == "__main__":
     with console("benchmark.py"):

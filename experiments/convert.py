@@ -13,7 +13,6 @@ too, are left out: the result names its base, and is loaded onto it.
 """
 
 import argparse
-import math
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from l2d import L2D, L2DConfig
-from support.console import console, load, load_base
+from support.console import check_numbers, console, load, load_base
 
 # Of a folder, the first that is there:
 FILES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin")
@@ -161,12 +160,6 @@ def convert(checkpoint, base_name, out, sigma=64.0, lora_alpha=None, class_names
     copy_tokenizer(base_name, out)
     return model.eval()
 
-def positive(text):
-    """A command line's positive number."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a positive number")
-    return float(text)
-
 def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,12 +169,13 @@ def parse_args():
                         help="the LM it was trained on: hub name or folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the result")
     add = parser.add_argument_group("settings of the training that no shape tells").add_argument
-    add("--sigma", type=positive, default=64.0, help="the run's noise_rescaling (default: 64)")
-    add("--lora-alpha", type=positive, metavar="ALPHA", help="its flow_lora_alpha (default: the "
+    add("--sigma", type=float, default=64.0, help="the run's noise_rescaling (default: 64)")
+    add("--lora-alpha", type=float, metavar="ALPHA", help="its flow_lora_alpha (default: the "
         "rank; where that was -1 or none, give twice the rank)")
     add("--class-names", nargs="+", metavar="CLASS", help="its guidance_categories, in their order "
         '(default: "class 0", "class 1", ...)')
     args = parser.parse_args()
+    check_numbers(parser, vars(args), above_0=("sigma", "lora_alpha"))
     source = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     if Path(args.out).resolve() in (source.resolve(), Path(args.base).resolve()):
         parser.error(f"--out {args.out} holds the checkpoint or the base, and would overwrite it; "

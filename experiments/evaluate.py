@@ -28,7 +28,6 @@ needed to measure it again, to benchmarks.jsonl in the model's folder.
 """
 
 import argparse
-import hashlib
 import logging
 import os
 import shlex
@@ -40,12 +39,11 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from experiments.results import (Bench, add_models, add_questions, append_line, check_questions,
-                                 interval, is_path, model_folders)
+from experiments.results import Bench, append_line, interval, is_path
 from l2d import CHOICES, L2D, TABLEAUS, check_steps
 from support.chats import DATE, dated, read_file
-from support.console import (check_numbers, console, load_base, load_model, load_tokenizer,
-                             pick_device)
+from support.console import (check_numbers, console, last_run, load_base, load_model,
+                             load_tokenizer, pick_device)
 from support.tiny import KINDS, LABELS
 
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single evaluation
@@ -289,10 +287,6 @@ def report_task(line):
         print(f"  {line['cut_prompts']} prompts were too long and lost their beginning: use fewer "
               "--shots or --max-new-tokens")
 
-def command():
-    """What was typed, as `python -m`."""
-    return shlex.join(["python", "-m", f"experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-
 def run(folders, tasks, steps, shots=5, limit=None, seed=0, batch_size=8, max_new_tokens=None,
         device=None, dtype=None, run_generated_code=False, **how):
     """All tasks for every model and T: the results, which are also printed and appended to
@@ -306,17 +300,12 @@ def run(folders, tasks, steps, shots=5, limit=None, seed=0, batch_size=8, max_ne
                 for package in (torch, transformers, import_harness())}
     settings = {"seed": seed, "limit": limit, "how": how, "batch_size": batch_size,
                 "max_new_tokens": max_new_tokens, "run_generated_code": run_generated_code,
-                "command": command(), "versions": versions}
+                "command": shlex.join(sys.orig_argv), "versions": versions}
     for folder in folders:
         lm = load_lm(folder, how, device, dtype, batch_size)
         settings["dtype"] = str(lm.model.dtype).removeprefix("torch.")
         is_l2d = isinstance(lm.model, L2D)
-        if given and not is_l2d:
-            raise ValueError(f"{folder} has no trained path: leave out {told(given)[2:]}")
-        template = lm.tokenizer.chat_template
-        settings["chat_template"] = {
-            "sha256": hashlib.sha256(template.encode()).hexdigest()[:12],
-            "first_line": template.strip().splitlines()[0][:80]}
+        settings["chat_template"] = lm.tokenizer.chat_template
         for name, loaded, T, decoding in plan(found, steps if is_l2d else [None]):
             if is_l2d:
                 lm.model.config.steps = T
@@ -334,8 +323,9 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_models(parser)
-    add_questions(parser)
+    add("--out", nargs="+", help="trained models (default: the last one in out/)")
+    add("--questions", type=int, default=1020, help="how many (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of questions, noise and shots (default: 0)")
     add("--steps", type=int, nargs="+", help="T (default: 1 3 7 15 31; with --tasks 1 15)")
     add("--solver", choices=TABLEAUS, help="(default: midpoint)")
     add("--velocity", choices=CHOICES["velocity"], help="(default: argmax)")
@@ -369,31 +359,33 @@ def parse_args():
     for name in idle:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} does nothing {where} --tasks: leave it out")
-    check_questions(parser, args)
+    if args.questions < 3:
+        parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
+    last = args.out or [last_run("config.json", containing='"model_type": "l2d"')]
+    args.out = list(dict.fromkeys(map(str, last)))
     return args
 
-def benches(args):
-    """The models with their results. ValueError: settings of a path for an ordinary checkpoint."""
-    found = [Bench(folder) for folder in model_folders(args)]
-    ordinary = [str(bench.folder) for bench in found if not bench.is_l2d]
+def check_models(args):
+    """ValueError: settings of a path for an ordinary checkpoint."""
+    ordinary = [folder for folder in args.out if not is_path(folder)]
     for option in ("guidance", "beams", *settings_of(args)):
         if ordinary and getattr(args, option) is not None:
             raise ValueError(f"{', '.join(ordinary)}: an ordinary checkpoint, and "
                              f"--{option.replace('_', '-')} needs a trained path")
-    return found
 
 def main():
     args = parse_args()
+    check_models(args)
     if args.tasks:
         tasks = [name for name in args.tasks.split(",") if name]
         options = {name: getattr(args, name) for name in ONLY_TASKS}
-        return run(model_folders(args), tasks, args.steps, seed=args.seed, **options,
+        return run(args.out, tasks, args.steps, seed=args.seed, **options,
                    **settings_of(args))
     for T in args.steps:
         check_steps(args.solver or "midpoint", T)        # ValueError before the measurements
     torch.set_num_threads(1)                             # more would only wait for each other
-    for bench in benches(args):
-        report(table(bench, args))
+    for folder in args.out:
+        report(table(Bench(folder), args))
 
 if __name__ == "__main__":
     with console("evaluate.py"):

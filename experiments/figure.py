@@ -28,9 +28,9 @@ def probabilities(model, input_ids, seeds):
     diffuse(model.current_path(), context, observe=observe)
     return times, torch.stack(shares)
 
-def leading(shares, most):
-    """The tokens whose probability is highest at any time, at most so many; the answer first."""
-    tokens = shares.amax(0).topk(min(most, shares.shape[1])).indices.tolist()
+def leading(shares):
+    """The five tokens whose probability is highest at any time; the answer first."""
+    tokens = shares.amax(0).topk(5).indices.tolist()
     return sorted(tokens, key=lambda token: -shares[-1, token].item())
 
 def draw(times, shares, names, title, file):
@@ -57,18 +57,17 @@ def main():
     add("--prompt", default="347*6", help="question (default: %(default)s)")
     add("--answer", default="", help="the beginning of the answer, before the token")
     add("--steps", type=int, default=31, help="T (default: %(default)s)")
-    add("--tokens", type=int, default=5, help="how many to show, at most (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--file", default=FILE, help="(default: %(default)s)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=["tokens"])
+    check_numbers(parser, vars(args))
     folder = args.out or last_run("config.json", containing='"model_type": "l2d"')
     model = load_model(folder, steps=args.steps)
     tokenizer = load_tokenizer(folder, model.base.config.vocab_size)
     text = render(tokenizer, [{"role": "user", "content": args.prompt}]) + args.answer
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     times, shares = probabilities(model, ids, torch.tensor([args.seed]))
-    names = {token: repr(tokenizer.decode([token])) for token in leading(shares, args.tokens)}
+    names = {token: repr(tokenizer.decode([token])) for token in leading(shares)}
     title = f"{args.prompt}  →  {args.answer}_      (T = {args.steps}, seed {args.seed})"
     draw(times, shares, names, title, args.file)
     print(f"drawn: {args.file}; the answer is {next(iter(names.values()))}")

@@ -15,7 +15,6 @@ and the next evaluation could go on from there. The methods differ in training:
 
     paper       Eq. 3: x_t = (1 - t)·x_0 + t·x_1, x_1 of the right answer, t uniform in (0, 1);
                 the loss is on the answer
-    sigma3      paper with sigma 3, as in the tiny default, in place of 0.5
     unrolled    x_t is what Euler's method makes of the path's own proposals, in n intervals from
                 noise (n is drawn). The base proposes the first link, and the loss of evaluation i
                 is on link i + 1, or on the answer if there are fewer links. In the second half of
@@ -37,6 +36,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -60,7 +60,7 @@ BASE = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_atte
             max_position_embeddings=128, tie_word_embeddings=True,
             initializer_range=0.1)       # with the usual 0.02 the first link is learnt later
 PATH = dict(dim=64, cond_dim=64, sigma=0.5, lora_rank=32, lora_alpha=32.0, solver="euler")
-OTHER = {"sigma3": dict(sigma=3.0), "deep": dict(cond_dim=40, lora_rank=16, lora_alpha=16.0)}
+DEEP = PATH | dict(cond_dim=40, lora_rank=16, lora_alpha=16.0)
 OPTIMIZER = dict(betas=(0.9, 0.95), weight_decay=0.01)
 BASE_BATCH, BATCH, UPDATES = 64, 128, 5000
 FIRST, ALOUD, ON_NOISE = "first token", "aloud", "one on noise"
@@ -236,7 +236,7 @@ class Deep(L2D):
         names = ("keys", "values", "kinds")
         return replace(context, lm=lm, **{name: [*getattr(context, name)] * 2 for name in names})
 
-LOSSES = {"paper": paper_loss, "sigma3": paper_loss, "unrolled": unrolled_loss,
+LOSSES = {"paper": paper_loss, "unrolled": unrolled_loss,
           "noise": partial(unrolled_loss, carry=False), "deep": deep_loss}
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def kind(method):
     return Deep if method == "deep" else L2D
 
 def new_model(method, base):
-    settings = PATH | OTHER.get(method, {})
+    settings = DEEP if method == "deep" else PATH
     return kind(method)(L2DConfig(base_model=base.name_or_path, **settings), base)
 
 def read(model, prompts, seeds):
@@ -292,9 +292,6 @@ def train(method, seed, updates):
 
 # ---- Measuring: {way to answer: its numbers}, by links from 1 to LONGEST -------------------------
 
-def mean(values):
-    return sum(values) / len(values)
-
 def measured(folder, n, measure):
     """What measure() finds on n questions for each number of links, or has found before."""
     file = folder / "results.jsonl"
@@ -323,7 +320,7 @@ def measure_base(seed, n):
         first.append((said[:, 0] == answers).float().mean().item())
         last.append((said[:, -1] == answers).float().mean().item())
         tokens.append(used.mean().item())
-    return {FIRST: {"accuracy": first, "cost": 1}, ALOUD: {"accuracy": last, "cost": mean(tokens)}}
+    return {FIRST: {"accuracy": first, "cost": 1}, ALOUD: {"accuracy": last, "cost": fmean(tokens)}}
 
 @torch.no_grad()
 def best_time(model, seed, n):
@@ -359,7 +356,7 @@ def measure_path(method, seed, updates, n):
     for T in STEPS:
         if f"T = {T}" in ways:
             ways[f"T = {T}"]["cost"] = T
-    ways[ON_NOISE] |= {"t": t, "parameters": sum(p.numel() for p in model.path.parameters())}
+    ways[ON_NOISE]["t"] = t
     return ways
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -378,10 +375,10 @@ def row(title, lines, n):
     """A row of the table, from the lines of all seeds."""
     cells = [percent(values, n) for values in zip(*(line["accuracy"] for line in lines))]
     text = f"{title:34}" + "".join(f"{cell:>12}" for cell in cells)
-    text += f"{mean([line['cost'] for line in lines]):7.1f}"
+    text += f"{fmean(line['cost'] for line in lines):7.1f}"
     for key in ("fixed", "broken"):
         if key in lines[0]:
-            text += f"{mean([line[key] for line in lines]):8.0f}"
+            text += f"{fmean(line[key] for line in lines):8.0f}"
     return text
 
 def report(tables, n):
@@ -391,12 +388,9 @@ def report(tables, n):
     for method, models in tables.items():
         for way in models[0]:
             print(row(f"{method}, {way}", [ways[way] for ways in models], n))
-    counts = [f"{method} {models[0][ON_NOISE]['parameters']:,}"
-              for method, models in tables.items() if method != "base"]
     print(f"n = {n} questions for each number of links, {len(tables['base'])} seeds; ± is half of "
           "the 95% interval, over seeds if there are several\ncost: evaluations of the path, or "
-          f"tokens of the base; fixed, broken: of {n * LONGEST:,} first tokens of the base\n"
-          f"trained parameters: {', '.join(counts)}")
+          f"tokens of the base; fixed, broken: of {n * LONGEST:,} first tokens of the base")
 
 # ---- The command line ----------------------------------------------------------------------------
 

@@ -16,14 +16,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 
-from experiments.results import read_log, student
+from experiments.results import read_log, student, unfinished
 from support import tiny
 from support.console import check_numbers, console
 from support.tiny import base_folder
 
 MAIN = "tiny-base-l2d"
-ROOT, FIGURES = Path(__file__).parent.parent, Path(__file__).parent / "figures"
+FIGURES = Path(__file__).parent / "figures"
 SEEDS = (0, 1, 2)
 STEPS = (1, 3, 7, 15, 31, 63, 127)
 VARIANTS = {"sigma = 1.5": "--sigma 1.5", "sigma = 6": "--sigma 6",
@@ -78,31 +79,21 @@ def settings():
 
 # ---- Running -------------------------------------------------------------------------------------
 
-def continued(command):
-    """None for a training command that has been carried out, or else the command that does the rest
-    of it. Measurements know themselves."""
-    if not command.startswith((TRAIN, FINETUNE)):
-        return command
-    before, out = command.split(" --out ")
-    if (ROOT / out / "model.safetensors").exists():
-        return None
-    if not (ROOT / out / "checkpoint.safetensors").exists():
-        return command
-    script = TRAIN if before.startswith(TRAIN) else before[:before.index(" --seed")]
-    return f"{script} --resume --out {out}"
-
 def run(command):
-    """Carry out one command, its output in a file of out/logs; RuntimeError with the last line of
-    that if it fails."""
-    command = continued(command)
-    if command is None:
+    """Carry out what is left of a command, its output in a file of out/logs. (Measurements know
+    what is left.) RuntimeError with the last line of the output if it fails."""
+    words = shlex.split(command)
+    if not command.startswith(EVALUATE):
+        words = unfinished(words)
+    if not words:
         return
+    command = shlex.join(words)
     name = command.replace("/", "-").replace(" ", "_")[:150]
-    log = ROOT / "out" / "logs" / f"{name}.txt"
+    log = Path("out/logs", f"{name}.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"python {command}", flush=True)
     with open(log, "w", encoding="utf-8") as file:
-        code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=file,
+        code = subprocess.run([sys.executable, *words], stdout=file,
                               stderr=subprocess.STDOUT).returncode
     if code:
         text = log.read_text(encoding="utf-8")
@@ -113,7 +104,7 @@ def run_all(workers):
     """All chains, `workers` at a time, after the seeds' bases have been made."""
     for seed in SEEDS:
         tiny.prepare(seed)
-    data = ROOT / base_folder(0) / "train.jsonl"
+    data = Path(base_folder(0), "train.jsonl")
     rows = data.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = "".join(row for row in rows if json.loads(row)["kind"] != "fact")
     data.with_name("without-fact.jsonl").write_text(kept, encoding="utf-8")
@@ -124,7 +115,7 @@ def run_all(workers):
 def gather():
     """All results of all models in one file, each with the folder that it belongs to."""
     with open(FIGURES / "results.jsonl", "w", encoding="utf-8") as file:
-        for path in sorted((ROOT / "out").glob("*/results.jsonl")):
+        for path in sorted(Path("out").glob("*/results.jsonl")):
             latest = {}                          # a measurement made again replaces the earlier one
             for line in read_log(path, "settings"):
                 key = [line["name"], line["n"], line["seed"], line["settings"]]
@@ -156,18 +147,14 @@ def named(T):
 HEAD = ("| | right answers, % | 95% interval | fact | math | string | evaluations |\n"
         "|---|---:|---:|---:|---:|---:|---:|\n")
 
-def average(values):
-    values = list(values)
-    return sum(values) / len(values)
-
 def row(title, lines):
     """Means over `lines`; the interval is Student's, or of one line its own."""
-    mean = {key: average(line[key] for line in lines) for key in ("accuracy", "evaluations")}
+    mean = {key: fmean(line[key] for line in lines) for key in ("accuracy", "evaluations")}
     low, high = lines[0]["interval"]
     if len(lines) > 1:
         _, half = student([line["accuracy"] for line in lines])
         low, high = max(0, mean["accuracy"] - half), min(1, mean["accuracy"] + half)
-    kinds = (average(line["by_kind"][kind] for line in lines) for kind in KINDS)
+    kinds = (fmean(line["by_kind"][kind] for line in lines) for kind in KINDS)
     cells = [f"{100 * mean['accuracy']:.1f}", f"{100 * low:.1f}–{100 * high:.1f}",
              *(f"{100 * kind:.1f}" for kind in kinds), f"{mean['evaluations']:.1f}"]
     return f"| {title} | {' | '.join(cells)} |"
@@ -256,7 +243,7 @@ def draw_tiny(results, axes):
              ylabel="whole answers right", ylim=(0.3, 1.02))
 
 def draw_real(lines, axes):
-    """Answer tokens of a real LM right (gsm8k.py). Bars are intervals of the gain over T = 1."""
+    """Answer tokens of a real LM right (real.py). Bars are intervals of the gain over T = 1."""
     known = {line["name"]: line for line in lines if line["rows"] == "test"}
     base = known["T = 1, the base"]
     known = {name: line for name, line in known.items() if line["tokens"] == base["tokens"]}
@@ -290,11 +277,6 @@ def draw_accuracy(results, plt):
         axes.legend(loc="lower right", fontsize=8)
     return figure
 
-def draw(results):
-    import matplotlib.pyplot as plt
-    draw_accuracy(results, plt).savefig(FIGURES / "accuracy.png", dpi=120)
-    print(f"drawn: {FIGURES / 'accuracy.png'}")
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -309,7 +291,7 @@ def main():
                           for chain in chains()))
         return
     try:
-        import matplotlib  # noqa: F401                  # asked before the hours that it would cost
+        import matplotlib.pyplot as plt                  # asked before the hours that it would cost
     except ImportError:
         parser.error("the figures need matplotlib: pip install -r experiments/requirements.txt")
     FIGURES.mkdir(exist_ok=True)
@@ -318,7 +300,8 @@ def main():
         gather()
     results = Results(FIGURES / "results.jsonl")
     write_tables(results, FIGURES / "results.md")
-    draw(results)
+    draw_accuracy(results, plt).savefig(FIGURES / "accuracy.png", dpi=120)
+    print(f"drawn: {FIGURES / 'accuracy.png'}")
 
 if __name__ == "__main__":
     with console("reproduce.py"):

@@ -1,5 +1,4 @@
-"""What the experiments share: intervals, logs, which models to measure, and the questions to the
-tiny ones."""
+"""What the experiments share: intervals, logs, trainings, and the questions to the tiny models."""
 
 import json
 import math
@@ -12,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 from l2d import L2D, gumbel
 from support.chats import render
-from support.console import last_run, load, load_model, load_tokenizer
-from support.tiny import KINDS, base_folder, questions
+from support.console import load, load_model, load_tokenizer
+from support.tiny import KINDS, questions
 
 # What a measurement does not set itself, so that no setting of one reaches the next.
 USUAL = {"solver": "midpoint", "velocity": "argmax", "t_start": 0.0, "t_end": None, "guidance": 1.0}
@@ -56,35 +55,22 @@ def append_line(file, line):
     with open(file, "a", encoding="utf-8") as log:
         log.write(json.dumps(line) + "\n")
 
-# ---- Models and questions ------------------------------------------------------------------------
+# ---- Trained models ------------------------------------------------------------------------------
 
-def add_models(parser):
-    """The options that `model_folders` reads."""
-    parser.add_argument("--out", nargs="+", help="trained models (default: the last one in out/)")
-    parser.add_argument("--seeds", type=int, nargs="+",
-                        help="instead of --out: the tiny models of these training seeds")
-
-def model_folders(args):
-    """The models that --out or --seeds name, each once; without either the last one trained."""
-    if args.seeds is not None:
-        return [f"{base_folder(seed)}-l2d" for seed in dict.fromkeys(args.seeds)]
-    last = args.out or [last_run("config.json", containing='"model_type": "l2d"')]
-    return list(dict.fromkeys(map(str, last)))
+def unfinished(words):
+    """What is left of a training command, as words with --out FOLDER among them: itself, the same
+    with --resume, or nothing."""
+    out = Path(words[words.index("--out") + 1])
+    if (out / "model.safetensors").exists():
+        return []
+    if not (out / "checkpoint.safetensors").exists():
+        return words
+    script = words[:2] if words[0] == "-m" else words[:1]
+    return [*script, "--resume", "--out", str(out)]
 
 def is_path(folder):
     """Whether a folder or hub name holds a trained path, not an ordinary checkpoint."""
     return load(AutoConfig, folder).model_type == "l2d"
-
-def add_questions(parser):
-    """How many questions of the tiny default, and which."""
-    add = parser.add_argument
-    add("--questions", type=int, default=1020, help="how many (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the questions and the noise (default: 0)")
-
-def check_questions(parser, args):
-    """parser.error where there are too few."""
-    if args.questions < 3:
-        parser.error(f"--questions {args.questions} must be 3 or more: one of each kind")
 
 # ---- Answering, and what has been measured of a model --------------------------------------------
 
@@ -158,10 +144,6 @@ class Bench:
 
     @cached_property
     def is_l2d(self):
-        file = Path(self.folder) / "config.json"
-        if not file.exists():
-            raise OSError(f"{self.folder} holds no trained model (there is no {file}): train one, "
-                          "or name another with --out")
         return is_path(self.folder)
 
     def record(self, line):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 import sample
 import train
-from experiments import finetune, gsm8k, tokens
+from experiments import finetune, real
 from l2d import CHOICES, L2D, TABLEAUS, L2DConfig
 from support import console, tiny
 from support.processes import processes
@@ -288,18 +288,20 @@ def test_the_baselines(here, method):
 
 
 def test_answer_tokens_are_scored_on_the_device(here, simulated, monkeypatch):
-    """Every way of `tokens`; what is kept is on the CPU."""
-    monkeypatch.setattr(gsm8k, "load_model", console.load_model)
+    """In every way of `real`; what is kept is on the CPU."""
+    monkeypatch.setattr(real, "load_model", console.load_model)
     here(train_main, *TRAIN, "--device", "cpu", "--out", "path")
     found = {}
     for device in ("cpu", "meta"):
         with simulated():
-            model = gsm8k.Model("path", device)
+            model = real.Model("path", device)
             assert model.l2d.device.type == device
             examples = model.examples("base/train.jsonl", 3)
-            for name, way, settings in [*tokens.sweep([0.2], [(0.1, 2)]),
-                                        ("truth", tokens.on_truth, {"t": 0.5})]:
-                file = Path(f"{device} {name}".replace("/", " "))
+            for name, way, settings in [real.way_steps(7), real.way_noise(0.2),
+                                        ("truth", real.on_truth, {"t": 0.5}),
+                                        ("uniform", real.on_truth, {}),
+                                        ("Bayes", real.bayes, {"t": 0.5})]:
+                file = Path(f"{device} {name}")
                 found[device, name] = model.scores(examples, way, settings, file, name)
     for (device, name), scores in found.items():
         assert all(type(tensor) is torch.Tensor for tensor in scores.values()), name
