@@ -52,7 +52,7 @@ def trace(model, tokenizer, input_ids, **which):
         states.append(x_t)
         probability, token = logits[0, 0].float().softmax(-1).max(-1)
         print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([int(token)])!r:<16}"
-              f"{probability:12.3f}{(x_t - states[-2:][0]).norm():9.2f}")
+              f"{probability.item():12.3f}{(x_t - states[-2:][0]).norm().item():9.2f}")
     context = model.read(1, input_ids, **which)
     diffuse(model.current_path(), context, observe=observe)
 
