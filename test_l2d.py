@@ -44,7 +44,7 @@ import train as train_script
 from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, diffuse, end_time, estimate, normal, solve_adaptive, solve_fixed,
                  uniform)
-from support import chats, console, tiny
+from support import chats, console, processes, tiny
 from support.chats import load_data
 
 torch.set_num_threads(1)                # for models this small, threads only wait for each other
@@ -2362,6 +2362,26 @@ def test_a_slash_after_the_output_folder_is_nothing():
 def training():
     """train.py's `train` with the command line in sys.argv."""
     return train_script.train(train_script.parse_args(train_script.make_parser()))
+
+
+def test_interrupts_are_seen_inside_and_do_afterwards_what_they_did_before():
+    """Else the process that called `train`, and its forks, would not hear the next Ctrl-C."""
+    numbers, came = (signal.SIGINT, signal.SIGTERM), []
+    was = [signal.signal(number, lambda *args: came.append(args[0])) for number in numbers]
+    try:
+        own = [signal.getsignal(number) for number in numbers]
+        for number in numbers:
+            with pytest.raises(OSError), processes.interrupts() as stopped:
+                assert not stopped()
+                signal.raise_signal(number)
+                assert stopped()
+                raise OSError
+            assert [signal.getsignal(number) for number in numbers] == own and came == []
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+    finally:
+        for number, handler in zip(numbers, was):
+            signal.signal(number, handler)
 
 
 def test_weight_decay_is_for_matrices_alone(trained, monkeypatch):

@@ -373,12 +373,11 @@ def run(args, model, tokenizer, data, held_out, kind, score):
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
     log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
-    stopped, saved = processes.interrupts(), True
-    validated = sum(chats.column(held_out, "length"))
+    saved, validated = True, sum(chats.column(held_out, "length"))
 
     def due(every):
         return step % every == 0 or step == args.max_steps
-    with bar, open(log_file, "a", buffering=1) as log:
+    with bar, open(log_file, "a", buffering=1) as log, processes.interrupts() as stopped:
         while True:
             start = time.perf_counter()
             # The checkpoint comes first: validation may fail, and --resume begins with it.
@@ -401,8 +400,8 @@ def run(args, model, tokenizer, data, held_out, kind, score):
             saved = due(args.save_every) or due(args.eval_every)
             if saved:
                 from_first(lambda: save_checkpoint(step, model, optimizer, args))
-    if not saved:
-        from_first(lambda: save_checkpoint(step, model, optimizer, args))
+        if not saved:
+            from_first(lambda: save_checkpoint(step, model, optimizer, args))
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
         sys.exit(130)

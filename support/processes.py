@@ -92,17 +92,21 @@ def add_gradients(parameters):
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad.copy_(grad.view_as(p))
 
+@contextmanager
 def interrupts():
     """A function that says whether Ctrl-C or SIGTERM (what clusters send before they stop a job)
-    came, to any process: so no update is cut in two."""
+    came, to any process: so no update is cut in two. Afterwards they do again what they did."""
     seen = []
     def handler(number, frame):
         seen.append(number)
         if world() == 1:                                 # a second one ends the script at once;
             signal.signal(number, signal.SIG_DFL)        # torchrun passes each on twice
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-    return lambda: total(torch.tensor(len(seen))).item() > 0
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: total(torch.tensor(len(seen))).item() > 0
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)
 
 def sharded(base, device):
     """Keep only this process' part of each linear layer (FSDP). The path calls them one by one."""

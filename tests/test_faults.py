@@ -249,6 +249,7 @@ def test_however_a_run_ends_its_folder_is_free(whole, end):
     folder = f"ended-{end}"
     def before():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         pause(folder)()
         if end in ("error", "exit"):
             def read_rows(data):
