@@ -2280,22 +2280,6 @@ def test_nine_tenths_of_the_work_are_useful(monkeypatch, world, before):
     assert useful / spent >= 0.9 and useful / spent_before < before
 
 
-def test_every_process_makes_as_many_micro_batches(monkeypatch):
-    """--shard needs it: all take part whenever one of them runs a layer of the base."""
-    model, counts = tiny_l2d(), []
-    lengths = [9, 9, 9, 9, 2, 4, 8, 16]                  # of the first process all are alike
-    batch = [({"input_ids": [1] * n, "answer": 1, "label": None}, i) for i, n in enumerate(lengths)]
-    monkeypatch.setattr(train_script.processes, "world", lambda: 2)
-    monkeypatch.setattr(train_script.processes, "shares", lambda batch, cost: [batch[:4], batch[4:]])
-    for rank in range(2):
-        monkeypatch.setattr(train_script, "rank", lambda: rank)
-        parts = list(train_script.micro_batches(batch, SimpleNamespace(micro_batch_size=4), model))
-        seeds = sorted(seed for part in parts for seed in part["seeds"].tolist())
-        counts.append(len(parts))
-        assert seeds == list(range(4 * rank, 4 * rank + 4))
-    assert counts == [4, 4]
-
-
 def test_the_base_runs_once_for_all_that_validation_wants(monkeypatch):
     model, runs, run_base = tiny_l2d(), [], L2D.run_base
     monkeypatch.setattr(L2D, "run_base", lambda *args: runs.append(1) or run_base(*args))

@@ -37,8 +37,8 @@ TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, c
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
 SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "init",
             "timesteps")
-CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "shard", "lr", "min_lr",
-              "clip", "eval_every", "save_every")                # by --resume
+CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "lr", "min_lr", "clip",
+              "eval_every", "save_every")                        # by --resume
 FLAG = dict(action=argparse.BooleanOptionalAction, default=False)
 
 def make_parser(description=__doc__):
@@ -77,7 +77,6 @@ def make_parser(description=__doc__):
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: bfloat16 on cuda")
     add("--gradient-checkpointing", **FLAG, help="less memory: compute the blocks twice")
-    add("--shard", **FLAG, help="split the base over torchrun's processes, if no GPU can hold it")
     add("--eval-every", type=int, default=1000, help="updates between validations")
     add("--save-every", type=int, default=500, help="updates between checkpoints")
     return parser
@@ -119,12 +118,9 @@ def build(args, make_model):
     tokenizer = console.load_tokenizer(args.model, lm.vocab_size)
     from_first(lambda: bool(read_checkpoint(args)))      # all others read it when it is needed
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    base = console.load_base(args.model, dtype=getattr(torch, dtype))
+    base = console.load_base(args.model, dtype=getattr(torch, dtype)).to(args.device)
     if base.num_parameters() < 10_000_000:
         torch.set_num_threads(1)                         # more would only wait for each other
-    if args.shard:
-        base = processes.sharded(base, args.device)
-    base = base.to(args.device)
 
     def make(class_names=()):
         torch.manual_seed(args.seed)
@@ -143,8 +139,8 @@ def try_largest(model, args, max_length):
     """A pass over the largest micro-batch there can be: if it does not fit into memory, that shows
     now. AdamW's state, two numbers for each parameter, has its place set aside meanwhile."""
     example = {"input_ids": [0] * max_length, "answer": 1, "label": None}
-    n, parameters = min(args.micro_batch_size, args.batch_size // world()), model.path.parameters()
-    state = [torch.empty_like(p) for p in parameters for _ in range(2)]
+    state = [torch.empty_like(p) for p in model.path.parameters() for _ in range(2)]
+    n = min(args.micro_batch_size, args.batch_size)
     inputs = collate([(example, seed) for seed in range(n)], model)
     model(**inputs, num_items_in_batch=1).loss.backward()
     model.zero_grad()
@@ -171,13 +167,8 @@ def cut(pairs, most):
 
 def micro_batches(batch, args, model):
     """This process' share of (example, seed) pairs as the model's inputs, some at a time."""
-    shares = processes.shares(batch, cost=lambda pair: cost([pair]))
-    cuts = [cut(share, args.micro_batch_size) for share in shares]
-    mine, most = cuts[rank()], max(map(len, cuts))
-    while len(mine) < most:                              # --shard: as many in every process
-        largest = mine.pop(max(range(len(mine)), key=lambda i: len(mine[i])))
-        mine += [largest[:1], largest[1:]]
-    for pairs in mine:
+    mine = processes.shares(batch, cost=lambda pair: cost([pair]))[rank()]
+    for pairs in cut(mine, args.micro_batch_size):
         yield collate(pairs, model)
 
 def collate(pairs, model):
@@ -270,7 +261,7 @@ def validate(model, data, args, tokenizer, score):
     answers = [answer(model, example, tokenizer) for example in first]
     model.train()
     losses, bands = torch.cat(losses), (5 * torch.cat(times)).long()
-    result = {"examples": len(data) // world() * world(), "val_loss": processes.mean(losses)}
+    result = {"examples": len(data), "val_loss": processes.mean(losses)}
     result |= {f"t<{(i + 1) / 5:.1f}": processes.mean(losses[bands == i]) for i in range(5)}
     for T in hits[0]:
         result[f"accuracy_T{T}"] = processes.mean(torch.cat([right[T] for right in hits]))
@@ -339,7 +330,6 @@ def train(args, make_model=make_path, kind="l2d", score=score):
     """Train what make_model(args, base, class_names) makes and save it, in a folder named after
     `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C.
     ValueError: options that do not fit the folder, the base, the data or the processes."""
-    processes.check_processes(args)
     args, resume = argparse.Namespace(**vars(args)), args.resume
     args.device, args.resume = console.pick_device(args.device), False
     model, args.model = args.model, args.model or tiny.base_folder(args.seed)
@@ -349,6 +339,9 @@ def train(args, make_model=make_path, kind="l2d", score=score):
         raise ValueError(f"{args.out} is a file: name a folder with --out")
     with ExitStack() as stack:
         from_first(lambda: stack.enter_context(console.claimed(args.out)))
+        if args.batch_size < world():
+            raise ValueError(f"--batch-size {args.batch_size} must be {world()} or more, the "
+                             "number of processes")
         console.check_out(args.out, resume)
         if model is None:
             from_first(lambda: tiny.prepare(args.seed))
