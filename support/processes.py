@@ -66,14 +66,6 @@ def mean(values):
     sums = total(torch.stack([values.sum().cpu(), torch.tensor(float(values.numel()))]).double())
     return (sums[0] / sums[1]).item()
 
-def add_gradients(parameters):
-    """Sum the gradients over all processes, in one message."""
-    if world() == 1:
-        return
-    flat = total(torch.cat([p.grad.flatten() for p in parameters]))
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view_as(p))
-
 @contextmanager
 def interrupts():
     """A function that says whether Ctrl-C or SIGTERM (what clusters send before they stop a job)
