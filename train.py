@@ -295,12 +295,6 @@ def finish(model, args, kind):
         os.replace(file, out / file.name)
     making.rmdir()
 
-def measured(start, tokens, step, data, args):
-    """What every line of the log has: epoch, seconds since start, tokens/s, memory of the GPU."""
-    seconds = time.perf_counter() - start
-    return dict(epoch=step * args.batch_size / len(data), seconds=seconds,
-                tokens_per_s=tokens / seconds, gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
-
 def train(args, make_model=make_path, kind="l2d", score=score):
     """Train what make_model(args, base, class_names) makes and save it, in a folder named after
     `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C.
@@ -351,22 +345,26 @@ def loop(step, model, optimizer, data, held_out, tokenizer, args, score, log):
 
     def due(every):
         return step % every == 0 or step == args.max_steps
+
+    def note(line, tokens):
+        seconds = time.perf_counter() - start
+        line |= dict(epoch=step * args.batch_size / len(data), seconds=seconds,
+                     tokens_per_s=tokens / seconds, gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
+        print(json.dumps(line), file=log)
+        return line
     with bar, processes.interrupts() as stopped:
         while True:
             start = time.perf_counter()
             if due(args.eval_every) and len(held_out) >= world():
                 line = {"step": step} | validate(model, held_out, args, tokenizer, score)
-                line |= measured(start, validated, step, data, args)
-                print(json.dumps(line), file=log)
-                bar.write(console.summary(line))
+                bar.write(console.summary(note(line, validated)))
                 bar.unpause()                            # for its own estimate of the time left
             if stop or step == args.max_steps:
                 return step
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args)
             step += 1
-            line |= measured(start, line["tokens"], step, data, args)
-            print(json.dumps(line), file=log)
+            note(line, line["tokens"])
             bar.update()
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s",
                                 refresh=False)

@@ -79,8 +79,6 @@ def read_rows(data):
         return datasets.concatenate_datasets([smoltalk(subset) for subset in SMOLTALK])
     if data.endswith((".jsonl", ".json")):
         stamp = digest(data) + digest(__file__)          # other content or code: other rows
-        if next(json_rows(data), None) is None:
-            raise ValueError(f"no usable row in {data}: it is empty")
         with loading("data", data):
             return datasets.Dataset.from_generator(
                 json_rows, datasets.Features({LINE: datasets.Value("large_string")}),
@@ -98,7 +96,7 @@ def smoltalk(subset):
 
 def dated(template):
     """A chat template with today's date fixed; the library lets no clock be passed."""
-    return re.sub(r"""strftime_now\((["'])(.*?)\1\)""",
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
                   lambda call: repr(DAY.strftime(call[2])), template)
 
 def render(tokenizer, messages, answer=False, tools=None):
@@ -170,11 +168,10 @@ def read_chat(row, label_column, notes):
 
 def find_turns(messages, learnt, tools, tokenizer, notes):
     """[(text up to the end of an answer, where the answer starts in it, in characters), ..]"""
-    template, found = tokenizer.get_chat_template(tools=tools), []
+    template, found = re.findall(r"\w+", tokenizer.get_chat_template(tools=tools)), []
     keys = {key for message in messages for key in message} | ({"tools"} if tools else set())
-    for key in keys - {"role", "content"}:
-        if key not in template:
-            notes[f"rows with {key!r} that is not used by the chat template"] += 1
+    for key in keys - {"role", "content", *template}:
+        notes[f"rows with {key!r} that is not used by the chat template"] += 1
     for k in [k for k, wanted in enumerate(learnt) if wanted]:
         try:
             if k == 0:

@@ -251,7 +251,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "unknown hub data": (nothing, [*TRAIN, "--data", "nobody/no-such-data"], 1, ["nobody/no-such-data"]),
     "no name of data": (nothing, [*TRAIN, "--data", ""], 1, ["base/train.jsonl"]),
     "another suffix": (write("chats.txt", "1*1"), [*TRAIN, "--data", "chats.txt"], 1, ["chats.txt", ".jsonl"]),
-    "empty data": (write("bad.jsonl", ""), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no usable row", "empty"]),
+    "empty data": (write("bad.jsonl", ""), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl", "no data"]),
     "binary data": (write("bad.jsonl", bytes(range(256)) * 40), [*TRAIN, "--data", "bad.jsonl"], 1, ["bad.jsonl, line 2, byte 118", "UTF-8"]),
     "half-written data": (write("bad.jsonl", json.dumps(chat())[:30]), [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row", "not a JSON object"]),
     "deeply nested data": (write("bad.jsonl", DEEP), [*TRAIN, "--data", "bad.jsonl"], 1, ["no usable row"]),
@@ -309,6 +309,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "model as checkpoint": (lambda: shutil.copy("run/model.safetensors", "run/checkpoint.safetensors"), RESUME, 1,
                             ["do not fit", "lora_B is missing"]),
     "base changed since": (smaller_base, RESUME, 1, ["checksum"]),
+    "base trained since": (weights("base/model.safetensors", lambda t: t["model.norm.weight"].add_(1)), RESUME, 1, ["belongs to base", "checksum"]),
     # answering
     "no model there": (nothing, [*SAMPLE, "--out", "nowhere"], 1, ["nowhere"]),
     "no model at all": (nothing, ["sample.py", "--prompt", "1*1"], 1, ["out/", "--out"]),

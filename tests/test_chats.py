@@ -73,6 +73,7 @@ def test_columns_and_keys_of_no_use_are_counted():
     assert notes == {"rows with a column 'choices' that is not used": 1, "rows with a column 'context' that is not used": 2,
                      "rows with 'mood' that is not used by the chat template": 1}
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['mood'] }}")
+    assert "rows with 'ring' that is not used by the chat template" in read(talk("a", "b", ring=1), template=template + "{# string #}")[1]
     assert read(talk("a", "b", mood="glad"), template=template) == ([(said(("user", "a")) + "<s>assistant\n", "bglad</s>")], {})
 
 
@@ -179,7 +180,7 @@ def test_the_date_stands_still(template, shown):
 
 def test_many_formats_of_the_date():
     formats = ["%d %B %Y", "%A", "%H:%M", "%-d/%-m/%y", "no format"]
-    template = "".join("{{ strftime_now(\"" + form + "\") }}|" for form in formats)
+    template = "".join("{{ strftime_now( \"" + form + "\") }}|" for form in formats)
     assert render(make(template), [{"role": "user", "content": "a"}]) == "26 July 2024|Friday|00:00|26/7/24|no format|"
 
 

@@ -165,7 +165,7 @@ def test_a_baseline_resumes_to_the_same_weights(whole, method):
 def test_a_batch_of_fewer_examples_than_processes_is_refused(whole):
     codes = [wait(pid) for pid in start_all(5, *RUN, "--out", "small")]
     assert codes == [1] * 5
-    assert "--batch-size 4 must be 5 or more" in Path("output-0").read_text()
+    assert "--batch-size 4 is less than 5 processes" in Path("output-0").read_text()
 
 
 def test_interrupted_by_ctrl_c(whole):
