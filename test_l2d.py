@@ -29,7 +29,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -48,7 +47,7 @@ import train as train_script
 from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, diffuse, end_time, estimate, normal, solve_adaptive, solve_fixed,
                  uniform)
-from support import chats, console, tiny
+from support import chats, console, processes, tiny
 from support.chats import load_data
 
 torch.set_num_threads(1)                # for models this small, threads only wait for each other
@@ -2263,22 +2262,6 @@ def test_nine_tenths_of_the_work_are_useful(monkeypatch, world, before):
     assert useful / spent >= 0.9 and useful / spent_before < before
 
 
-def test_every_process_makes_as_many_micro_batches(monkeypatch):
-    """--shard needs it: all take part whenever one of them runs a layer of the base."""
-    model, counts = tiny_l2d(), []
-    lengths = [9, 9, 9, 9, 2, 4, 8, 16]                  # of the first process all are alike
-    batch = [({"input_ids": [1] * n, "answer": 1, "label": None}, i) for i, n in enumerate(lengths)]
-    monkeypatch.setattr(train_script.processes, "world", lambda: 2)
-    monkeypatch.setattr(train_script.processes, "shares", lambda batch, cost: [batch[:4], batch[4:]])
-    for rank in range(2):
-        monkeypatch.setattr(train_script, "rank", lambda: rank)
-        parts = list(train_script.micro_batches(batch, SimpleNamespace(micro_batch_size=4), model))
-        seeds = sorted(seed for part in parts for seed in part["seeds"].tolist())
-        counts.append(len(parts))
-        assert seeds == list(range(4 * rank, 4 * rank + 4))
-    assert counts == [4, 4]
-
-
 def test_the_base_runs_once_for_all_that_validation_wants(monkeypatch):
     model, runs, run_base = tiny_l2d(), [], L2D.run_base
     monkeypatch.setattr(L2D, "run_base", lambda *args: runs.append(1) or run_base(*args))
@@ -2347,6 +2330,26 @@ def training():
     return train_script.train(train_script.parse_args(train_script.make_parser()))
 
 
+def test_interrupts_are_seen_inside_and_do_afterwards_what_they_did_before():
+    """Else the process that called `train`, and its forks, would not hear the next Ctrl-C."""
+    numbers, came = (signal.SIGINT, signal.SIGTERM), []
+    was = [signal.signal(number, lambda *args: came.append(args[0])) for number in numbers]
+    try:
+        own = [signal.getsignal(number) for number in numbers]
+        for number in numbers:
+            with pytest.raises(OSError), processes.interrupts() as stopped:
+                assert not stopped()
+                signal.raise_signal(number)
+                assert stopped()
+                raise OSError
+            assert [signal.getsignal(number) for number in numbers] == own and came == []
+        signal.raise_signal(signal.SIGINT)
+        assert came == [signal.SIGINT]
+    finally:
+        for number, handler in zip(numbers, was):
+            signal.signal(number, handler)
+
+
 def test_weight_decay_is_for_matrices_alone(trained, monkeypatch):
     monkeypatch.chdir(trained[0])
     monkeypatch.setattr(sys, "argv", [*TRAIN, "--out", "none", *STEPS])
@@ -2410,7 +2413,7 @@ def test_sampling_from_the_command_line(trained):
 
 @pytest.mark.parametrize("script, args, code, message", [
     ("train.py", ["--resume", "--out", "whole", "--sigma", "5"], 2,
-     "the run has sigma=64.0, so --resume cannot have 5.0"),
+     "--resume keeps the run's own sigma: leave it out"),
     ("sample.py", ["--out", "whole", "--label", "history"], 1,
      "this model knows fact, math, string")])
 def test_bad_arguments_are_one_line_not_a_stack_trace(trained, script, args, code, message):
@@ -2463,15 +2466,6 @@ def test_no_chat_is_learnt_and_held_out(tmp_path):
                          for part in (examples, held_out))
         assert len(held_out) == min(n, 12) and not learnt & known
         assert len(learnt | known) == 40 and len(examples) == 3 * len(learnt)
-
-
-@pytest.mark.parametrize("n, learnt", [(0, 12), (1, 12), (5, 12)])
-def test_a_test_split_is_held_out_in_examples(monkeypatch, n, learnt):
-    turns = [{"role": role, "content": "1"} for role in ("user", "assistant") * 2]
-    rows = datasets.Dataset.from_dict({"messages": [turns] * 6})
-    monkeypatch.setattr(chats, "read_rows", lambda data: (rows, rows))
-    examples, held_out = load_data("smoltalk", tiny.make_tokenizer(), validation=n)
-    assert len(examples) == learnt and len(held_out) == n
 
 
 def test_a_short_run_leaves_the_warm_up(trained):

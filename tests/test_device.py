@@ -251,10 +251,10 @@ def losses(out):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """stop(n): the next training is interrupted after n updates."""
+    """stop(n): the next training is interrupted after its n-th update."""
     def after(n):
-        answers = iter([False] * n + [True])
-        monkeypatch.setattr(train.processes, "interrupts", lambda: lambda: next(answers))
+        answers = iter([False] * (n - 1) + [True])
+        monkeypatch.setattr(train.processes, "interrupts", lambda: contextlib.nullcontext(lambda: next(answers)))
     return after
 
 
