@@ -1463,7 +1463,7 @@ def restless(model, factor=30):
 
 DRAFTS = [(solver, steps, velocity, guidance, t_start)
           for solver, steps in [("euler", 2), ("euler", 15), ("midpoint", 3), ("midpoint", 15),
-                                ("midpoint", 127), ("rk4", 5), ("rk4", 17)]
+                                ("midpoint", 47), ("rk4", 5), ("rk4", 17)]
           for velocity, guidance, t_start in [("argmax", 1, 0), ("argmax", 1.5, 0.3),
                                               ("sample", 1, 0.1), ("sample", 0, 0)]]
 

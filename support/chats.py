@@ -75,21 +75,21 @@ def read_file(file):
 def read_rows(data):
     """The rows of `data` (see load_data), on disk."""
     import datasets                                      # takes a second
-    if data == "smoltalk":
-        return datasets.concatenate_datasets([smoltalk(subset) for subset in SMOLTALK])
+    name, subset, split = (data.split(":") + ["", ""])[:3]
+    if name == "smoltalk":
+        return datasets.concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK])
     if data.endswith((".jsonl", ".json")):
         stamp = digest(data) + digest(__file__)          # other content or code: other rows
         with loading("data", data):
             return datasets.Dataset.from_generator(
                 json_rows, datasets.Features({LINE: datasets.Value("large_string")}),
                 gen_kwargs={"file": data, "stamp": stamp})
-    name, subset, split = (data.split(":") + ["", ""])[:3]
     with loading("data", f"{name!r} (no .jsonl file, so a hub data set, NAME:SUBSET:SPLIT)"):
         return datasets.load_dataset(name, subset or None, split=split or "train")
 
-def smoltalk(subset):
+def smoltalk(subset, split):
     """One of the paper's subsets (B.1), with the class (Table 5) in the column `label`."""
-    rows, label = read_rows(f"HuggingFaceTB/smoltalk:{subset}"), SMOLTALK[subset]
+    rows, label = read_rows(f"HuggingFaceTB/smoltalk:{subset}:{split}"), SMOLTALK[subset]
     labels = [label] * len(rows) if label else [MAGPIE.get(kind) for kind in rows["category"]]
     rows = rows.select_columns("messages").add_column("label", labels)
     return rows.select([number for number, label in enumerate(labels) if label])
@@ -164,15 +164,17 @@ def read_chat(row, label_column, notes):
         notes[f"rows with a column {name!r} that is not used"] += 1
     context = sum(message["role"] == "assistant" for message in messages) - sum(learnt)
     notes["turns that are context only (of weight 0, or empty)"] += context
+    str(label).encode()                                  # a UnicodeError: half a character
     return messages, learnt, tools, None if label is None else str(label)
 
 def find_turns(messages, learnt, tools, tokenizer, notes):
-    """[(text up to the end of an answer, where the answer starts in it, in characters), ..]"""
+    """[(text, where an answer starts in it, where it ends), ..], counted in characters. Turns share
+    a text unless the template changes what precedes, as by dropping earlier thoughts."""
     template, found = re.findall(r"\w+", tokenizer.get_chat_template(tools=tools)), []
     keys = {key for message in messages for key in message} | ({"tools"} if tools else set())
     for key in keys - {"role", "content", *template}:
         notes[f"rows with {key!r} that is not used by the chat template"] += 1
-    for k in [k for k, wanted in enumerate(learnt) if wanted]:
+    for k in [k for k, wanted in enumerate(learnt) if wanted][::-1]:
         try:
             if k == 0:
                 raise ValueError("nothing precedes the answer")
@@ -182,10 +184,16 @@ def find_turns(messages, learnt, tools, tokenizer, notes):
             whole = render(tokenizer, messages[:k + 1], answer=True, tools=tools)
             if not whole.startswith(prompt) or whole == prompt:
                 raise ValueError("the chat template does not continue its own prompt")
-            found.append((whole, len(prompt)))
+            shared = found and found[-1][0].startswith(whole)
+            found.append((found[-1][0] if shared else whole, len(prompt), len(whole)))
         except ValueError as error:
             notes[f"turns left out: {one_line(error, 200)}"] += 1
-    return found
+    return found[::-1]
+
+def tokenize(tokenizer, texts):
+    """{text: (token ids, where each ends in the text)}"""
+    found = tokenizer(texts, add_special_tokens=False).encodings if texts else []
+    return {text: (e.ids, [end for _, end in e.offsets]) for text, e in zip(texts, found)}
 
 def encode(rows, tokenizer, max_length, label_column=None, stops=(), first=0):
     """(examples {"input_ids", "answer": where it starts, "length", "label", "row": its number},
@@ -199,16 +207,24 @@ def encode(rows, tokenizer, max_length, label_column=None, stops=(), first=0):
             notes[f"rows left out: {one_line(error, 200)}"] += 1
         except (AttributeError, LookupError, TypeError):
             notes["rows left out: no messages with role and content, or question and answer"] += 1
-    texts = [text for text, *_ in found]
-    tokens = tokenizer(texts, add_special_tokens=False).encodings if texts else []
-    for (_, start, label, number), encoding in zip(found, tokens):
-        ids, answer = encoding.ids, bisect_right([end for _, end in encoding.offsets], start)
+    tokens = tokenize(tokenizer, list(dict.fromkeys(text for text, *_ in found)))
+    special = set(tokenizer.added_tokens_decoder)
+    for text, start, end, label, number in found:
+        ids, ends = tokens[text]
+        answer, stop = bisect_right(ends, start), bisect_right(ends, end)
+        if end < len(text) and eos not in ids[answer:stop] and not special & {*ids[stop:stop + 1]}:
+            text = text[:end]                            # what follows may have changed its tokens
+            ids, ends = tokenize(tokenizer, [text])[text]
+            answer, stop = bisect_right(ends, start), len(ids)
+        ids = ids[:stop]
         if eos in ids[answer:]:                          # what follows it is not learnt
             ids = ids[:len(ids) - ids[::-1].index(eos)]
         elif not {*stops} & {*ids[answer:]}:
             ids = [*ids, eos]
             notes[f"turns without a stop token, to which {tokenizer.eos_token} is added"] += 1
-        if len(ids) > max_length:
+        if answer == 0:
+            notes["turns left out: no token precedes the answer"] += 1
+        elif len(ids) > max_length:
             notes[f"turns left out: longer than {max_length} tokens"] += 1
         else:
             examples.append(dict(input_ids=ids, answer=answer, length=len(ids), label=label,
@@ -260,6 +276,10 @@ def load_data(data, tokenizer, max_length=2048, label_column=None, validation=51
     at most, and no other turn of their chats is learnt. `stops` are the ids of tokens, beside eos,
     that end an answer: one, a list or None. ValueError: no row is usable, less than half of them
     and not `keep_going`, or none has a label."""
+    if data == "smoltalk":                               # it has a split for validation
+        train, test = (load_data(f"smoltalk::{split}", tokenizer, max_length, label_column, 0,
+                                 stops, keep_going)[0] for split in ("train", "test"))
+        return train, test.select(range(min(validation, len(test))))
     stops = [] if stops is None else np.ravel(stops).tolist()
     options = dict(max_length=max_length, label_column=label_column, stops=stops)
     if world() > 1:                                      # the others find the first one's cache

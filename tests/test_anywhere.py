@@ -101,17 +101,19 @@ def test_a_base_never_runs_code_of_its_own(world, tmp_path):
     config = json.loads((planted / "config.json").read_text())
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
     (planted / "planted.py").write_text(code)
-    for model_type in ("llama", "planted"):
-        auto_map = {"AutoConfig": "planted.C", "AutoModelForCausalLM": "planted.M"}
-        (planted / "config.json").write_text(json.dumps(config | {"auto_map": auto_map, "model_type": model_type}))
-        fresh(world, f"""
+    config["auto_map"] = {"AutoConfig": "planted.C", "AutoModelForCausalLM": "planted.M"}
+    fresh(world, f"""
+import json, os
 from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained("path", trust_remote_code=True, base_model={str(planted)!r})
-except (OSError, ValueError) as error:
-    print(error)
+for model_type in ("llama", "planted"):
+    with open({str(planted / "config.json")!r}, "w") as file:
+        json.dump({config!r} | {{"model_type": model_type}}, file)
+    try:
+        AutoModelForCausalLM.from_pretrained("path", trust_remote_code=True, base_model={str(planted)!r})
+    except (OSError, ValueError) as error:
+        print(error)
+    assert not os.path.exists({str(tmp_path / "ran")!r}), model_type
 """)
-        assert not (tmp_path / "ran").exists()
 
 
 # ---- What uses it ----------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def train_main():
 
 
 TRAIN = ["--model", "base", "--data", "base/train.jsonl", "--max-steps", "2", "--batch-size", "8",
-         "--micro-batch-size", "4", "--eval-every", "1", "--save-every", "1", "--validation", "4",
+         "--micro-batch-size", "4", "--eval-every", "2", "--save-every", "1", "--validation", "1",
          "--lr", "0.01", "--dtype", "float32"]
 LABELS = ["--label-column", "label"]
 
@@ -260,23 +260,20 @@ def stop(monkeypatch):
 
 def test_training_goes_as_on_the_cpu_also_when_a_run_changes_the_device(here, stop):
     here(train_main, *TRAIN, *LABELS, "--device", "cpu", "--out", "cpu")
-    here(train_main, *TRAIN, *LABELS, "--device", "meta", "--out", "there",
-         "--gradient-checkpointing")
-    for first, second in (("cpu", "meta"), ("meta", "cpu")):
+    for first, second, options in (("cpu", "meta", []), ("meta", "cpu", ["--gradient-checkpointing"])):
         stop(1)
         with pytest.raises(SystemExit):
-            here(train_main, *TRAIN, *LABELS, "--device", first, "--out", first + second)
+            here(train_main, *TRAIN, *LABELS, *options, "--device", first, "--out", first + second)
         stop(2)
         here(train_main, "--resume", "--device", second, "--out", first + second)
         assert losses(first + second) == pytest.approx(losses("cpu"), rel=1e-4)
-    assert losses("there") == pytest.approx(losses("cpu"), rel=1e-4)
 
 
 def test_sampling_on_the_device(here, capsys):
     here(train_main, *TRAIN, *LABELS, "--device", "cpu", "--out", "path")
-    for options in (["--trace"], ["--label", "math", "--guidance", "2"], ["--solver", "bosh3"]):
-        here(sample.main, "--device", "meta", "--out", "path", "--prompt", "1*2",
-             "--max-new-tokens", "3", *options)
+    for options in (["--trace"], ["--label", "math", "--guidance", "2"]):
+        here(sample.main, "--device", "meta", "--out", "path", "--prompt", "1*2", "--steps", "5",
+             "--max-new-tokens", "2", *options)
         assert "tokens/s on meta" in capsys.readouterr().out
 
 
@@ -297,8 +294,7 @@ def test_answer_tokens_are_scored_on_the_device(here, simulated, monkeypatch):
             model = real.Model("path", device)
             assert model.l2d.device.type == device
             examples = model.examples("base/train.jsonl", 3)
-            for name, way, settings in [real.way_steps(7), real.way_noise(0.2),
-                                        ("truth", real.on_truth, {"t": 0.5}),
+            for name, way, settings in [real.way_steps(3), ("truth", real.on_truth, {"t": 0.5}),
                                         ("uniform", real.on_truth, {}),
                                         ("Bayes", real.bayes, {"t": 0.5})]:
                 file = Path(f"{device} {name}")

@@ -111,7 +111,7 @@ def whole(tmp_path_factory):
     os.chdir(folder)
     tokenizer = tiny.make_tokenizer()
     torch.manual_seed(0)
-    tiny.save(Path("base"), tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48), tokenizer)
+    tiny.save(Path("base"), tiny.make_model(tokenizer, hidden=32, layers=1, ffn=48), tokenizer)
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny.questions(40, seed=0)))
     run(*RUN, "--out", "warm")
     began = time.perf_counter()

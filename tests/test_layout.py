@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from support import tiny
 
 ROOT = Path(__file__).parent.parent
 OWN = [ROOT / "l2d.py", ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "support").glob("*.py"))]
@@ -44,38 +47,24 @@ def copy(tmp_path_factory):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
     (folder / "out").mkdir()
-    run("-c", MAKE)
+    torch.manual_seed(0)
+    tokenizer, rows = tiny.make_tokenizer(), tiny.questions(60, seed=0)
+    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
+    tiny.save(folder / "out/tiny-base", base, tokenizer, train=rows, test=rows)
     return folder, run
 
 
-MAKE = """
-import json, torch
-from pathlib import Path
-from support import tiny
-torch.manual_seed(0)
-tokenizer = tiny.make_tokenizer()
-rows = tiny.questions(60, seed=0)
-for name in ("base", "tiny-base"):
-    tiny.save(Path("out", name), tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48), tokenizer, train=rows, test=rows)
-"""
-QUICK = ["--max-steps", 2, "--batch-size", 4, "--dim", 8, "--cond-dim", 8, "--lora-rank", 2, "--device", "cpu"]
-
-
 def test_the_scripts_work_without_experiments_and_tests(copy):
+    """`python train.py` as it is, but for the minutes that teaching the base takes; then sample.py."""
     folder, run = copy
     assert not (folder / "experiments").exists() and not (folder / "tests").exists()
-    assert "2 steps of 4" in run("train.py", "--model", "out/base", "--data", "out/base/train.jsonl", *QUICK)
-    assert {"config.json", "model.safetensors", "log.jsonl", "README.md"} <= {file.name for file in (folder / "out/base-l2d").iterdir()}
+    assert "2 steps of 128" in run("train.py", "--max-steps", 2, "--dim", 8, "--cond-dim", 8, "--device", "cpu")
+    out = folder / "out/tiny-base-l2d"
+    assert {"config.json", "model.safetensors", "log.jsonl", "README.md"} <= {file.name for file in out.iterdir()}
+    options = json.loads((out / "args.json").read_text())
+    assert options["model"] == "out/tiny-base" and options["data"] == "out/tiny-base/train.jsonl" and options["label_column"] == "label"
     answers = run("sample.py", "--steps", 3, "--max-new-tokens", 3, "--trace", "--device", "cpu")
     assert answers.count("(right: ") == 9 and "T = 3: 3 evaluations in" in answers
-
-
-def test_the_tiny_default_trains_once_its_base_is_there(copy):
-    """`python train.py` as it is, but for the minutes that teaching the base takes."""
-    folder, run = copy
-    assert "2 steps of 128" in run("train.py", "--max-steps", 2, "--dim", 8, "--cond-dim", 8, "--device", "cpu")
-    options = json.loads((folder / "out/tiny-base-l2d/args.json").read_text())
-    assert options["model"] == "out/tiny-base" and options["data"] == "out/tiny-base/train.jsonl" and options["label_column"] == "label"
 
 
 # ---- Imports ---------------------------------------------------------------------------------------------------------
