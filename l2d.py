@@ -49,6 +49,7 @@ that loads, generates and saves.
 """
 
 import copy
+import json
 import math
 import os
 import threading
@@ -610,6 +611,8 @@ class L2DConfig(transformers.PreTrainedConfig):
 
     def __init__(self, base_model="", text_config=None, class_names=(), base_revision=None,
                  base_checksum=None, **kwargs):
+        if isinstance(class_names, str) or len({*class_names}) < len(class_names):
+            raise ValueError(f"class_names={class_names!r} must be a list of different names")
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         settings = {name: kwargs.pop(name, value) for name, value in DEFAULTS.items()}
@@ -652,7 +655,8 @@ class L2DConfig(transformers.PreTrainedConfig):
 KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
                     "attn_implementation", "experts_implementation", "torch_dtype",
                     "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
-                    "bos_token_id", "eos_token_id"}         # (the last four: from Trainer)
+                    "bos_token_id", "eos_token_id",         # (the last four: from Trainer)
+                    "output_attentions"}
 
 def check_steps(solver, steps):
     """ValueError: a fixed-step solver cannot make T = `steps` evaluations; names the nearest T."""
@@ -753,6 +757,14 @@ def kept_columns(keep):
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
+def per_row(values, name, columns):
+    """Whole numbers [B], as int64 in the shape of columns [B, N]. ValueError: others."""
+    values = torch.as_tensor(values, device=columns.device)
+    if values.shape != columns.shape[:1] or values.is_floating_point():
+        raise ValueError(f"{name} must be {len(columns)} whole numbers, one for each row: not "
+                         f"{values.tolist()}")
+    return values.long()[:, None].expand_as(columns)
+
 def check_whole(base):
     """ValueError: no base, or one with adapters in it or on several devices."""
     if base is None:
@@ -765,9 +777,12 @@ def check_whole(base):
                          'device: load it with device_map={"": 0}')
 
 def checksum(base):
-    """A checksum of the base's shapes and of four rows of every tensor, as bfloat16, so that it is
-    the same in float32. None: a base in another format (quantised, float16) or on "meta"."""
-    found = 0
+    """A checksum of the base's settings, shapes and four rows of every tensor, as bfloat16, so that
+    it is the same in float32. None: a base in another format (quantised, float16) or on "meta"."""
+    settings = ("hidden_act", "num_attention_heads", "rms_norm_eps", "rope_parameters",
+                "sliding_window")
+    settings = {name: getattr(base.config, name, None) for name in settings}
+    found = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
     for name, p in sorted(base.named_parameters()):
         if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             return None
@@ -868,7 +883,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
-        lm, caught, thread = self.base.model, [], threading.get_ident()
+        lm, caught, thread = self.base.eval().model, [], threading.get_ident()
 
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
@@ -899,15 +914,15 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         cos, sin = map(kept, self.base.model.rotary_emb(hidden, position_ids))
         if seeds is None:
             seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
-        N, layers = columns.shape[1], cache.layers
+        if class_ids is not None or self.config.class_names:
+            class_ids = per_row(self.check_classes(class_ids, B), "class_ids", columns)
+        layers = cache.layers
         masks, kinds = self.make_masks(past + columns, layers[0].keys.shape[2], attention_mask)
         return Context(
             lm=self.base, main_hidden=kept(hidden), cos=cos[:, :, None], sin=sin[:, :, None],
             keys=[layer.keys for layer in layers], values=[layer.values for layer in layers],
-            masks=masks, kinds=kinds,
-            seeds=seeds.to(device).long().expand(B)[:, None].expand(B, N),
-            positions=kept(position_ids).long(),
-            class_ids=self.check_classes(class_ids, B, N, device))
+            masks=masks, kinds=kinds, seeds=per_row(seeds, "seeds", columns),
+            positions=kept(position_ids).long(), class_ids=class_ids)
 
     def read_labelled(self, input_ids, labels, attention_mask=None, position_ids=None,
                       class_ids=None, seeds=None):
@@ -919,6 +934,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
                              "and put no adapters (PEFT) on an L2D model")
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
+        self.check_inputs(input_ids, attention_mask, DynamicCache(), 0)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).long()
         keep = following != IGNORE
         if not keep.any():
@@ -950,18 +966,15 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             masks[kind] = mask.repeat_interleave(G, dim=1)[:, None]
         return masks, kinds
 
-    def check_classes(self, class_ids, B, N, device):
-        """Class numbers [B] as int64 [B, N]; None is the null class. ValueError: no such class."""
+    def check_classes(self, class_ids, B):
+        """Class numbers [B]; without class_ids, the null class. ValueError: no such class."""
         names = self.config.class_names
-        if class_ids is None and not names:
-            return None
-        null = len(names)
-        class_ids = torch.as_tensor(null if class_ids is None else class_ids, device=device)
-        if not names or class_ids.min() < 0 or class_ids.max() > null:
+        class_ids = torch.as_tensor([len(names)] * B if class_ids is None else class_ids)
+        if not names or class_ids.min() < 0 or class_ids.max() > len(names):
             known = ", ".join(names) or "none: this model was trained without"
-            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{null} ({null} means "
-                             f"no class); the classes are {known}")
-        return class_ids.expand(B)[:, None].expand(B, N)
+            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{len(names)}, where "
+                             f"{len(names)} means no class; the classes are {known}")
+        return class_ids
 
     # A causal LM's forward
 
@@ -981,10 +994,12 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if unknown:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
         caches = [c for c in (past_key_values, cache) if c is not None]
-        if len(caches) > (1 if labels is None else 0):
-            raise ValueError("give one of past_key_values and cache, two names of one argument; "
-                             "none with labels, as the loss is of whole sequences")
+        if len(caches) > 1:
+            raise ValueError("past_key_values and cache are two names of one argument: give one")
         if labels is not None:
+            if caches or steps is not None or logits_to_keep:
+                raise ValueError("labels take no past_key_values, steps or logits_to_keep: the "
+                                 "loss is of whole sequences, at random times")
             if torch.is_grad_enabled():
                 self.train()
             losses, _ = diffusion_losses(self.path, *self.read_labelled(
@@ -995,7 +1010,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         T = self.config.steps if steps is None else steps
         check_settings(self.config, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = torch.zeros(1)                      # no noise: leave torch's generator alone
+            seeds = [0] * len(input_ids)                # no noise: leave torch's generator alone
         context = self.read(logits_to_keep, input_ids, attention_mask, position_ids, cache,
                             class_ids, seeds)
         logits, evaluations, passes = diffuse(self.current_path(), context, T)

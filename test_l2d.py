@@ -561,7 +561,7 @@ def test_condition_is_time_plus_class():
 def test_null_class_is_the_last_row_and_the_default():
     model = tiny_l2d()
     none, null, first = (model(IDS, seeds=SEEDS, class_ids=g).logits
-                         for g in (None, torch.tensor(2), torch.tensor(0)))
+                         for g in (None, torch.tensor([2] * 3), torch.tensor([0] * 3)))
     assert torch.equal(none, null) and not torch.allclose(none, first, atol=0.01)
 
 
@@ -1005,6 +1005,32 @@ def test_times_are_uniform_or_cosmapped():
     assert torch.allclose(mapped, 1 - 1 / (torch.tan(math.pi * t / 2) + 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("wrong, message", [
+    (dict(attention_mask=torch.ones(3, 12)), r"\[3, 12\]; it must be \[3, 9\]"),
+    (dict(attention_mask=torch.ones(3, 6)), r"\[3, 6\]; it must be \[3, 9\]"),
+    (dict(steps=3), "labels take no past_key_values, steps or logits_to_keep"),
+    (dict(logits_to_keep=1), "labels take no past_key_values, steps or logits_to_keep"),
+    (dict(seeds=torch.tensor([5])), r"seeds must be 3 whole numbers, one for each row: not \[5\]"),
+    (dict(seeds=torch.tensor([0.1, 0.7, 1])), "seeds must be 3 whole numbers"),
+    (dict(class_ids=torch.tensor([1])), r"class_ids must be 3 whole numbers")])
+def test_a_loss_takes_no_argument_that_it_would_not_use_as_given(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_l2d()(IDS, labels=IDS, **wrong)
+
+
+def test_a_base_in_training_mode_answers_as_in_evaluation():
+    model = tiny_l2d(base=tiny_base(attention_dropout=0.5))
+    right = model(IDS, seeds=SEEDS).logits
+    model.base.train()
+    assert torch.equal(model(IDS, seeds=SEEDS).logits, right)
+
+
+@pytest.mark.parametrize("names", ["math", ["a", "a"]])
+def test_class_names_are_a_list_of_different_names(names):
+    with pytest.raises(ValueError, match="must be a list of different names"):
+        L2DConfig(class_names=names)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_cross_entropy_in_chunks_equals_the_whole_in_value_and_gradient(chunk):
     model, targets, share = tiny_l2d(), torch.arange(7), torch.rand(7)
@@ -1434,7 +1460,7 @@ def test_adaptive_answer_of_a_row_does_not_depend_on_the_batch(solver):
 
 @pytest.mark.parametrize("g", [[0, 3, 1], [-1, 0, 0]])
 def test_class_out_of_range(g):
-    message = r"must lie in 0..2 \(2 means no class\); the classes are math, code"
+    message = r"must lie in 0..2, where 2 means no class; the classes are math, code"
     with pytest.raises(ValueError, match=message):
         tiny_l2d()(IDS, class_ids=torch.tensor(g))
 
@@ -1675,7 +1701,7 @@ class TestTheCacheUnderBothNames:
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
 
     def test_both_names_at_once_and_unknown_arguments_are_refused(self):
-        message = "past_key_values and cache, two names of one argument"
+        message = "past_key_values and cache are two names of one argument"
         with pytest.raises(ValueError, match=message):
             tiny_l2d()(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
         with pytest.raises(TypeError, match="past_keys"):
@@ -1850,6 +1876,17 @@ def test_a_base_with_other_weights_is_refused_by_its_checksum(folders):
         L2D.from_pretrained(folder / "path")
     with pytest.warns(UserWarning, match="no checksum of its base"):
         assert L2D.from_pretrained(folder / "path", base_checksum=None).config.base_checksum == found
+
+
+@pytest.mark.parametrize("setting", [
+    dict(rms_norm_eps=0.1), dict(hidden_act="relu"),
+    dict(rope_parameters={"rope_type": "default", "rope_theta": 100.0})])
+def test_a_base_of_other_settings_is_another_base(folders, setting):
+    """Its weights are the same, but not what it does with them."""
+    file = folders[1] / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    with pytest.raises(ValueError, match="this path belongs to .* with the checksum"):
+        L2D.from_pretrained(folders[1] / "path")
 
 
 def test_numbers_that_cannot_be_compared_have_no_checksum():

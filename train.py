@@ -288,9 +288,10 @@ def finish(model, args, kind):
         base_model_relation="adapter" if base and kind == "l2d" else None,
         datasets=None if os.path.exists(args.data) else [args.data.split(":")[0]])
     settings = {name: getattr(args, name) for name in (*SETTINGS, "max_steps", "batch_size", "lr")}
-    validations = [line for line in open(out / "log.jsonl") if "val_loss" in line]
+    lines = [json.loads(line) for line in open(out / "log.jsonl") if "val_loss" in line]
+    found = lines[-1] | {"answers": None} if lines else "none"
     text = (f"---\n{data.to_yaml()}\n---\n# {kind} on {Path(args.model).name}\n\n"
-            f"Settings: {settings}\n\nLast validation: {''.join(validations[-1:])}\n")
+            f"Settings: {settings}\n\nLast validation: {found}\n")
     (making / "README.md").write_text(text, encoding="utf-8")
     for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         os.replace(file, out / file.name)
@@ -345,7 +346,7 @@ def loop(step, model, optimizer, data, held_out, tokenizer, args, score, log):
     validated, stop = sum(held_out["length"]), False
 
     def due(every):
-        return step % every == 0 or step == args.max_steps
+        return step % every == 0 or step >= args.max_steps
 
     def note(line, tokens):
         seconds = time.perf_counter() - start
@@ -360,7 +361,7 @@ def loop(step, model, optimizer, data, held_out, tokenizer, args, score, log):
                 line = {"step": step} | validate(model, held_out, args, tokenizer, score)
                 bar.write(console.summary(note(line, validated)))
                 bar.unpause()                            # for its own estimate of the time left
-            if stop or step == args.max_steps:
+            if stop or step >= args.max_steps:
                 return step
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args)

@@ -27,6 +27,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 @contextmanager
 def console(script):
     """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")     # it may be closed
     sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
     logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
@@ -37,8 +38,11 @@ def console(script):
     except KeyboardInterrupt:
         print("stopped")
         sys.exit(130)
-    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        if os.environ.get("L2D_TRACEBACK"):
+    except Exception as error:
+        known = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError,
+                 safetensors.SafetensorError)
+        plain = isinstance(error, known) or type(error) is Exception     # of tokenizers
+        if os.environ.get("L2D_TRACEBACK") or not plain:
             raise
         line = f"{script}: error: {one_line(error)}{remedy(error)}"
         if "TORCHELASTIC_ERROR_FILE" in os.environ:      # torchrun ends with what is in there
@@ -61,7 +65,7 @@ def remedy(error):
         return ": use a smaller --micro-batch-size, or --gradient-checkpointing"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
         return ": another process of this run has ended. Continue with --resume, on any number"
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if os.strerror(errno.ENOSPC) in str(error):
         return ": make room, then start again (train.py: with --resume)"
     return " (L2D_TRACEBACK=1 shows where)" if isinstance(error, RuntimeError) else ""
 

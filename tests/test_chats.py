@@ -160,6 +160,14 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_cut_there():
     assert read(talk("a", "\nb")) == ([(said(("user", "a")) + "<s>assistant", "\n\nb</s>")], {})
 
 
+def test_an_answer_needs_a_token_before_it_and_a_label_is_a_text():
+    bare = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"
+    found, notes = read({"prompt": " ", "response": "b"}, GOOD, template=bare)
+    assert found == [("a", "b</s>")] and notes["turns left out: no token precedes the answer"] == 1
+    found, notes = read(GOOD | {"label": "\ud800"}, GOOD, label_column="label")
+    assert len(found) == 1 and any("surrogates" in note for note in notes)
+
+
 def test_an_answer_must_end():
     found, notes = read(talk("a", "b", "c", "d"), template=HUMAN)
     assert found == [("### Human: a\n### Assistant:", " b\n</s>"),
