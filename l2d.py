@@ -1,67 +1,68 @@
 # SPDX-License-Identifier: MIT
 """L2D: large language models to diffusion finetuning (Cetin, Zhao, Tang, ICML 2025), in one file.
 
-A causal LM spends the same work on every token. L2D freezes the LM (the *main path*) and trains a
-second way through the same layers, the *diffusion path*: LoRA updates of the LM's weights and a few
-small layers of its own. It starts a token from noise x_0 and integrates an ODE from t = 0 to t = 1.
-At each evaluation the path sees the state x_t, the LM predicts a token from it, and the velocity
-points from x_t to x̂, the point of that token. The state follows it over an interval of length h.
+L2D freezes a causal LM (the *main path*) and trains a second way through the same layers, the
+*diffusion path*: LoRA updates of the LM's weights and a few small layers of its own. It starts a
+token from noise x_0 and integrates an ODE from t = 0 to t = 1. At each evaluation, what the path
+makes of the state x_t is added to the LM's last hidden state, and the LM's head predicts a token.
+The velocity points from x_t to x̂, the point of that token. Here is one step of Euler's method,
+over an interval of length h:
 
   tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
                                                                   │                     │
                                                                   ▼                     ▼
   x_t ──► rescale, MLP ──► f ──► blocks i: cross attention, MLP ──► f ──► hidden + (w(t) − w(0))·f
-   ▲         ▲                   (the LM's weights + LoRA)                  ▲           │
-   │         │                    ▲ scale, shift, gate                      │           ▼
-   │         └──────── time t ────┴──── and class ──────────────────────────┘   LM's norm and head
+   ▲                             (the LM's weights + LoRA; t and class                  │
+   │                              set scales, shifts and gates)                         ▼
+   │                                                                          LM's norm and head
    │                                                                                    │
    └───── x_t + h·(x̂ − x_t)/(1 − t) ◄───── x̂ = x_1(predicted token) ◄───── logits ◄─────┘
 
 The diffusion token at position k stands for the next token, the one the LM predicts at k. It sees
 the main path at positions 0..k and no other diffusion token. `steps`, the paper's T, counts the
-evaluations per token: all but the last give velocities, and the last gives the answer. The first,
-at t = 0, gives the LM's own logits, since the path's weight w(0) − w(0) is 0 there. With T = 1 it
-is also the last, so the answer is that of the untouched LM. (With config.t_start = 0, the default.)
+evaluations per token: all but the last give velocities, and the last gives the answer. The first is
+at t = 0 (if config.t_start = 0, the default). There f has the weight w(0) − w(0) = 0, so the logits
+are the LM's own. With T = 1 it is also the last, and the answer is that of the untouched LM.
 
-While x̂ stays the same token, the state moves on a straight line, so its later places are known in
-advance. Therefore T evaluations rarely take T passes of the path: see `draft_and_check`.
+A *pass* is one run of the path, for one state of a token or for several. While x̂ stays the same
+token, the state moves on a straight line, so its later places are known in advance. Therefore T
+evaluations rarely take T passes: see `draft_and_check`. "The release" is the authors' code.
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
   V_y (Eq. 5)     DiffusionVocabulary   [V, d]      every token as a point x_1 of length sqrt(d)
   x_0, x_t, x_1   x_0, x_t, x_1         [B, N, d]   noise, state, token; always float32
   x̂               x_hat                 [B, N, d]   where the path expects the token to be
-  sigma           config.sigma          number      standard deviation of the noise x_0
   t               t                     [B, N, 1]   0 is noise, 1 the token; [1, 1, 1] if shared
-  h               h                     as t        length of an interval of the integration
   f               f                     [B, N, D]   hidden state of the path
   g               class_ids             [B, N]      class for guidance; the last one is "no class"
-  w_d(t) − w_d(0) weight                [B, N, D]   how much of f is added to the LM's state
+  w(t) − w(0)     weight                [B, N, D]   how much of f is added to the LM's state
 
-Shapes: B rows of S tokens; N diffusion tokens in each (one per target in training, one in
-generation); L cached keys, D hidden size, d diffusion dimension, C size of the conditioning,
-V vocabulary; heads of size E: H of queries, K of keys, and G = H / K queries for each key head.
-`config` holds all settings (see L2DConfig), and config.text_config those of the LM. Part I is the
-method. Part II turns it into a causal LM that loads, generates and saves.
+  B  rows of S tokens                        D  hidden size of the LM      V  vocabulary
+  N  diffusion tokens in each: the           d  size of x_t                E  size of a head
+     targets in training, or the             C  size of the embedding      H  heads of queries
+     positions to predict                       of time and class          K  heads of keys
+  L  cached keys                                                           G  H / K
+
+`config` holds all settings (see L2DConfig). Part I is the method. Part II turns it into a causal LM
+that loads, generates and saves.
 """
 
 import copy
+import json
 import math
 import os
-import shutil
 import threading
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -72,11 +73,11 @@ from transformers.utils.hub import convert_file_size_to_int, extract_commit_hash
 
 # Random numbers are a hash of their address (counter-based), not draws from a generator. So a
 # token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
-# is the row's seed, the position and the use. Each use has a stream of its own:
+# is the row's seed, the position and the use (and the time, if there are several draws):
 TIME, NOISE, DROP, VELOCITY = range(4)
 
 def splitmix64(x):
-    """Its mixing step, on int64. Products wrap around; masks make the shifts logical."""
+    """The mixing step of SplitMix64, on int64: products wrap around, masks make shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -87,7 +88,8 @@ def uniform(n, *address):
     for coordinate in address:
         key = splitmix64(key ^ coordinate)
     index = torch.arange(1, n + 1, device=key.device) * -0x61C8864680B583EB
-    return ((splitmix64(key[..., None] + index) >> 41 & 0x7FFFFF).float() + 0.5) / 2**23
+    bits = (splitmix64(key[..., None] + index) >> 41) & 0x7FFFFF
+    return (bits.float() + 0.5) / 2**23                 # exact in float32, and never 0 or 1
 
 def normal(n, *address):
     """n standard normal numbers at an address: float32 [.., n]."""
@@ -126,8 +128,7 @@ class LoRALinear(nn.Module):
 # ---- Time and class conditioning (Section 3.2) ---------------------------------------------------
 
 def time_features(t, size):
-    """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size].
-    For t in [0, 1] most hardly vary; kept as in the authors' code, "the release" below."""
+    """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size]."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
@@ -168,7 +169,8 @@ class Context:
     sin: torch.Tensor                   # [B, N, 1, E]
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
-    masks: dict                         # kind of attention -> [B, 1, N·G, L]  0 visible, else −inf
+    masks: dict                         # kind of attention (full or sliding window)
+                                        #   -> [B, 1, N·G, L]  0 visible, −inf not
     kinds: list                         # per block, its kind of attention
     seeds: torch.Tensor                 # [B, N]  of each row
     positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
@@ -178,14 +180,15 @@ class Context:
         return self.lm.lm_head(self.lm.model.norm(hidden))
 
     def tile(self, n):
-        """Every token n times in a row, for n states of it: N becomes N·n. Keys and values stay:
-        more states are more queries. (In a mask, the G heads of a query are innermost.)"""
+        """Every token n times in a row, for n states of it (in guidance, in drafts): N becomes N·n.
+        Keys and values stay: more states are more queries."""
         def tiled(x):
             return x if x is None else x.repeat_interleave(n, dim=1)
         names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
         N, masks = self.positions.shape[1], {}
         for kind, mask in self.masks.items():
-            masks[kind] = mask.unflatten(2, (N, -1)).repeat_interleave(n, dim=2).flatten(2, 3)
+            mask = mask.unflatten(2, (N, -1))                                   # [B, 1, N, G, L]
+            masks[kind] = mask.repeat_interleave(n, dim=2).flatten(2, 3)
         return replace(self, masks=masks, **{name: tiled(getattr(self, name)) for name in names})
 
 def recomputed(function, *inputs):
@@ -195,8 +198,8 @@ def recomputed(function, *inputs):
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 def modulate(x, norm, scale, shift):
-    """(gain + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
-    gain is the LM's frozen norm weight. (DiT has 1 in its place.)"""
+    """(norm.weight + scale)·x/rms(x) + shift, in float32: [B, N, D] -> [B, N, D] in the dtype of x.
+    norm.weight is the LM's, frozen."""
     def compute(x, scale, shift):
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=norm.variance_epsilon)
         return ((norm.weight.float() + scale) * normed + shift).to(x.dtype)
@@ -275,10 +278,9 @@ class DiffusionPath(nn.Module):
     def initialize(self):
         """Xavier-uniform weights and zero biases; N(0, 0.02²) for the embeddings of time and class.
         output_weight and every adaLN_modulation end in a zero-initialised layer: the path starts
-        with weight 0, its blocks as the identity. At first only output_weight's last layer has a
-        gradient."""
+        with weight 0, its blocks as the identity."""
         for module in self.modules():
-            if type(module) is Linear:              # and not an OwnLinear
+            if type(module) is Linear:              # and not the OwnLinear of Part II
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.t_embedder[0].weight, std=0.02)
@@ -288,19 +290,6 @@ class DiffusionPath(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[2].weight)
         nn.init.zeros_(self.output_weight[2].weight)
-
-    @torch.no_grad()
-    def read_state(self, head, x_1, size):
-        """config.init = "tied": begin with f = M x_t, where M solves head_j·M ≈ x_1(j) for tokens j
-        by least squares: head [.., D], x_1 [.., d]. The head's logits of f are then x_1(j)·x_t, all
-        that Bayes' rule takes from x_t. f has the `size` (root mean square) of the LM's hidden
-        state: added to a much larger one, it would not be heard before w(t) has grown as much."""
-        first, last = self.x_embedder[0].weight, self.x_embedder[2].weight
-        nn.init.orthogonal_(first, gain=0.3)            # small, since SiLU(x) is near x/2 there
-        A = head.T @ head
-        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
-        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
-        last.copy_(2 / 0.3**2 * size * math.sqrt(len(M)) / M.norm() * M @ first.T)
 
     def condition(self, t, class_ids):
         """The embedding of time t [B, N, 1] plus that of the class [B, N]: [B, N, C]."""
@@ -316,10 +305,8 @@ class DiffusionPath(nn.Module):
         f = rescale(x_t, t, self.config.sigma).to(context.main_hidden.dtype)    # [B, N, d]
         f = self.x_embedder(f)                                                  # [B, N, D]
         for i, block in enumerate(self.blocks):
-            if self.gradient_checkpointing:
-                f = recomputed(block, f, c, context, i)
-            else:
-                f = block(f, c, context, i)
+            run = partial(recomputed, block) if self.gradient_checkpointing else block
+            f = run(f, c, context, i)
         return (context.main_hidden + weight * f).to(f.dtype)
 
     def forward(self, x_t, t, context):
@@ -335,8 +322,7 @@ class DiffusionPath(nn.Module):
 IGNORE = -100                                       # label of a position that is not learnt
 
 def initial_noise(config, context):
-    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]. In training each row has a new seed in
-    every update."""
+    """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]."""
     return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
 
 def diffusion_losses(path, context, targets):
@@ -375,14 +361,14 @@ def estimate(path, logits, t, context):
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
-        # A draw from softmax(logits / tau) with tau = 1 − t: the argmax of logits + tau·Gumbel
-        # noise. (The release takes tau from the end of the interval.) The time, as a whole number,
-        # goes into the noise, so every time has a draw of its own.
+        # A draw from softmax(logits / tau) is the argmax of logits + tau·Gumbel noise. tau = 1 − t,
+        # so late draws are the most likely token. (In the release tau is that of the interval's
+        # end.) The time, as a whole number, goes into the noise: every time has its own draw.
         moment = (t[..., 0] * 2**24).long()         # float32 has 24 bits
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1, keepdim=True)
-    return table[token[..., 0]] + 0 * value.float()     # NaN has an argmax; 0·NaN keeps it visible
+    return table[token[..., 0]] + 0 * value.float()     # argmax hides NaN, this puts it back
 
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
@@ -392,7 +378,7 @@ def evaluate(path, x, t, context):
     if w == 1:
         logits = predict(path, x, t, context)
         return logits, estimate(path, logits, t, context)
-    both = context.tile(2)
+    both = context.tile(2)                          # copies; even: with class, odd: without
     both.class_ids[:, 1::2] = path.null
     t = t.expand(*x.shape[:2], 1).repeat_interleave(2, dim=1)
     logits = predict(path, x.repeat_interleave(2, dim=1), t, both)              # [B, 2N, V]
@@ -400,7 +386,7 @@ def evaluate(path, x, t, context):
     return logits[:, ::2], w * with_class + (1 - w) * without
 
 def predict(path, x, t, context):
-    """Logits [B, N, V]. At t = 0 the path's weight is 0, so it need not run: the LM's own."""
+    """Logits [B, N, V]. If all t are 0, the path's weight is 0, and it need not run."""
     return path(x, t, context) if t.any() else context.logits(context.main_hidden)
 
 def velocity(x_hat, x, t):
@@ -414,8 +400,8 @@ def velocity(x_hat, x, t):
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Runge-Kutta method: k_i = dxdt(x + h·sum_j a_ij k_j, t + c_i h), and the interval
-    of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: h·sum_i error_i k_i
-    is the difference from a method of one order less."""
+    of length h ends at x + h·sum_i b_i k_i. A method with `error` is adaptive: error is b minus the
+    b of a method of one order less."""
     order: int
     c: tuple
     a: tuple
@@ -437,7 +423,7 @@ def weighted_sum(weights, ks):
     return sum(w * k for w, k in zip(weights, ks) if w != 0)
 
 def stages(dxdt, x, t, h, tableau, k_1):
-    """k_1 .. k_s of the interval from t to t + h; k_1 is given, as a second try has it already."""
+    """k_1 .. k_s of the interval from t to t + h, given k_1."""
     ks = [k_1]
     for c, a in zip(tableau.c[1:], tableau.a[1:]):
         ks.append(dxdt(x + h * weighted_sum(a, ks), t + c * h))
@@ -460,7 +446,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t)
     reused = tableau.a[-1] == tableau.b[:-1]        # the last k is taken at x_new: the next k_1
-    cost = len(tableau.c) - reused                  # evaluations of a try and a new k_1
+    cost = len(tableau.c) - int(reused)             # evaluations of a try, and of its new k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -468,7 +454,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error over the tolerance, as a root mean square over d, is at most 1.
-        # (NaN passes, and the next interval, of length NaN, goes to t_end.)
+        # (NaN passes, too, and makes the next interval the last.)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
@@ -488,27 +474,31 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
-ROWS = 128                              # a pass of the path drafts up to so many states in all
-
 def end_time(config):
-    """Where the integration stops. The velocity divides by 1 − t, so a method that evaluates it at
-    the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
+    """Where the integration stops: at 1. But the velocity divides by 1 − t, so a method that
+    evaluates it at the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if later."""
     if config.t_end is not None:
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
+ROWS = 128                              # the most states in a pass that has several of a token
+
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
-    """Logits [B, N, V] of the next token after T = `steps` evaluations (default: config.steps); the
-    evaluations used, and the passes of the path that they took, both int64 [B, N]. Adaptive solvers
-    choose their own T, unless it is 1. config.t_start > 0 (not in the paper) starts there, from
-    (1 − t_start)·x_0: x_t without its token. Then every evaluation runs the path, even if T = 1.
-    observe(x_t, t, logits) is called at each evaluation; then they are made one by one."""
+    """Logits [B, N, V] of the next token; the evaluations used, and the passes that they took, both
+    int64 [B, N].
+    steps              T (default: config.steps). Adaptive solvers choose their own, unless T = 1
+    config.t_start     if above 0 (not in the paper): start there from (1 − t_start)·x_0, which is
+                       x_t without its token; then every evaluation runs the path, even if T = 1
+    observe            observe(x_t, t, logits) is called at each evaluation, one after the other"""
     config, tableau = path.config, TABLEAUS[path.config.solver]
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
+    check_steps(config.solver, T)
     x = (1 - start) * initial_noise(config, context)
-    size = ROWS // (x[..., 0].numel() * (1 if config.guidance == 1 else 2))     # of one token
-    n = (T - 1) // len(tableau.c)                   # intervals; `check_steps` sees that it divides
+    queries = x[..., 0].numel() * (1 if config.guidance == 1 else 2)
+    together = ROWS // queries if config.velocity != "expectation" and observe is None else 1
+    if T > 1 and not tableau.error and together > 1:    # ("expectation": x̂ moves all the time)
+        return draft_and_check(path, context, x, together, *unroll(config.solver, start, end, T))
 
     def dxdt(x, t):
         logits, x_hat = evaluate(path, x, t, context)
@@ -516,17 +506,13 @@ def diffuse(path, context, steps=None, observe=None):
             observe(x, t, logits)
         return velocity(x_hat, x, t)
 
-    t, used = x.new_full((1, 1, 1), end), torch.full_like(context.positions, T)
-    if T == 1:
-        t = x.new_full((1, 1, 1), start)
-    elif tableau.error:
+    t, used = x.new_full((1, 1, 1), end if T > 1 else start), torch.full_like(context.positions, T)
+    if T > 1 and tableau.error:
         x, t, used = solve_adaptive(dxdt, x, start, end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
         used = used + 1
-    elif size < 2 or config.velocity == "expectation" or observe is not None:
-        x = solve_fixed(dxdt, x, start, end, n, tableau)
-    else:                               # (with "expectation", x̂ moves all the time)
-        return draft_and_check(path, context, x, size, *unroll(config.solver, start, end, T))
+    elif T > 1:
+        x = solve_fixed(dxdt, x, start, end, (T - 1) // len(tableau.c), tableau)
     logits = predict(path, x, t, context)           # the answer is of the class, unguided
     if observe is not None:
         observe(x, t, logits)
@@ -535,9 +521,10 @@ def diffuse(path, context, steps=None, observe=None):
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
     """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. The state
-    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. W
-    follows from solver and times alone: run the solver from 0, with unit vectors as x̂. W_ij is 0
-    for j >= i, as a state depends on the evaluations before it."""
+    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. For W,
+    run the solver from x_0 = 0 with unit vectors as x̂_j: then state i is row i of W. (Another x_0
+    only shifts all of it, as the velocity depends on x̂ − x.) W_ij is 0 for j >= i, as a state
+    depends on the evaluations before it."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -548,29 +535,33 @@ def unroll(solver, t_start, t_end, steps):
     times.append(x.new_tensor([t_end]))
     return torch.stack([*states, x]).float(), torch.cat(times).float()
 
-def draft_and_check(path, context, x_0, size, weights, times):
-    """What the loop over the T evaluations gives, in fewer passes of the path, each of at most
-    `size` states of a token; weights and times are those of `unroll`.
+def draft_and_check(path, context, x_0, most, weights, times):
+    """What the loop over the T evaluations gives, in fewer passes, each of at most `most` states of
+    a token; weights and times are those of `unroll`.
 
-    Draft what all evaluations will find: the last known x̂. Then all states are known, and a pass
-    evaluates several. A state depends only on the x̂ before it. So up to the first x̂ that is not
-    as drafted, the states were those of the loop; this x̂ is, too, for its state was. Keep these,
-    and draft the rest anew. Every pass makes one more evaluation known at least, so there are never
-    more passes than evaluations. (Sums are rounded in another order, which can turn a near-tie.)"""
-    (B, N, _), T, x_0 = x_0.shape, len(times), x_0[:, :, None]
+    Draft that all evaluations find the last known x̂. Then all states are known, and one pass
+    evaluates many. An example with T = 5, where A and B are two values of x̂ and A is the first:
+
+      draft A A A A A -> found _ A B B A    the states up to the B were right, so this B is right
+      draft A A B B B -> found _ _ _ B B    all as drafted: the logits of the last are the answer
+
+    A state depends only on the x̂ before it. So up to the first x̂ that is not as drafted, this one
+    included, states and x̂ are those of the loop. Every pass makes at least one more evaluation
+    known, so there are never more passes than evaluations. (Rounding can turn a near-tie.)"""
+    (B, N, _), T = x_0.shape, len(times)
     weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T)))
-    answer, x_hat = evaluate(path, x_0[:, :, 0], times.new_zeros(1, 1, 1), context)
-    x_hats = x_hat[:, :, None].expand(B, N, T, -1)          # the first draft: the LM's own token
-    known = (times[0] == 0).long().expand(B, N)             # evaluations done; at t = 0, the first
+    answer, x_hat = evaluate(path, x_0, times.new_zeros(1, 1, 1), context)  # the LM's own token
+    x_0, x_hats = x_0[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
+    known = (times[0] == 0).long().expand(B, N)         # so many evaluations of each token are done
     passes = torch.zeros_like(known)
-    while (n := min(size, T - int(known.min()))) > 0:
-        # The next n evaluations of each token, [B, N, n]. (The last one again, if there are fewer.)
-        i = (known[..., None] + index[:n]).clamp(max=T - 1)
+    while (n := min(most, T - int(known.min()))) > 0:
+        # The next n evaluations of each token. (If there are fewer, the last one again.)
+        i = (known[..., None] + index[:n]).clamp(max=T - 1)                     # [B, N, n]
         x = x_0 + weights[i] @ (x_hats - x_0)                                   # [B, N, n, d]
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # Those up to the first that is not as drafted, this one included, are known now.
+        # Those up to the first that is not as drafted are known now. (None, if all were.)
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
         new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
         new = new.clamp(max=n).minimum(T - known)
@@ -578,7 +569,7 @@ def draft_and_check(path, context, x_0, size, weights, times):
         last = (new - 1).clamp(min=0)[..., None, None]
         ended = ((new > 0) & (known == T))[..., None]
         answer = torch.where(ended, logits.take_along_dim(last, dim=2)[:, :, 0], answer)
-        # From the last known evaluation on, its x̂ is the draft.
+        # Draft the last of them for all that follow. (Those before it were as drafted.)
         later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
         x_hats = torch.where(later, x_hat.take_along_dim(last, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
@@ -588,13 +579,9 @@ def draft_and_check(path, context, x_0, size, weights, times):
 # ---- Settings ------------------------------------------------------------------------------------
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's layout
-PATHS = ("lora", "full", "scratch")
-INITS = ("paper", "tied")
-TIMESTEPS = ("uniform", "cosmap")
-VELOCITIES = ("argmax", "sample", "expectation")
-SIZES = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "intermediate_size")        # what path and base must agree in
-
+CHOICES = {"path": ("lora", "full", "scratch"), "init": ("paper", "tied"),
+           "timesteps": ("uniform", "cosmap"), "velocity": ("argmax", "sample", "expectation"),
+           "solver": tuple(TABLEAUS)}
 DEFAULTS = dict(
     dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, init="paper",
     class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
@@ -611,7 +598,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     init             where x_embedder starts: "paper" (at random) or "tied" (it reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
-    May change at any time, and are checked when they do (`update` changes several at once):
+    May change at any time, and are checked when they are used:
     steps            T, the evaluations per token. Adaptive solvers choose their own, unless T = 1
     solver           "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive)
     velocity         x̂ is the most likely token ("argmax"), a drawn one ("sample"), or the
@@ -624,50 +611,36 @@ class L2DConfig(transformers.PreTrainedConfig):
 
     def __init__(self, base_model="", text_config=None, class_names=(), base_revision=None,
                  base_checksum=None, **kwargs):
+        if isinstance(class_names, str) or len({*class_names}) < len(class_names):
+            raise ValueError(f"class_names={class_names!r} must be a list of different names")
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         settings = {name: kwargs.pop(name, value) for name, value in DEFAULTS.items()}
         if not kwargs.get("self_condition", True):          # what old folders say, all of them
             del kwargs["self_condition"]
         known = vars(transformers.PreTrainedConfig()).keys() | KNOWN_TO_LIBRARY
-        refuse_unknown(kwargs.keys() - known)
+        if unknown := kwargs.keys() - known:
+            raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
         vars(self).update(settings, base_model=base_model, base_revision=base_revision,
                           base_checksum=base_checksum, text_config=text_config,
-                          class_names=list(class_names))    # all of them, before the first check
-        super().__init__(**kwargs)
+                          class_names=list(class_names))
         check_settings(self)
-
-    def update(self, changes):
-        """Change several settings together. ValueError: they do not fit; then none is changed."""
-        refuse_unknown(changes.keys() - vars(self).keys())
-        check_settings(SimpleNamespace(**{**vars(self), **changes}))
-        vars(self).update(changes)
-
-    def __setattr__(self, name, value):
-        check_settings(SimpleNamespace(**{**vars(self), name: value}))
-        super().__setattr__(name, value)
+        super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Called in loading. The library would set and check kwargs one by one: here, together."""
-        changes = {name: kwargs.pop(name) for name in SETTINGS & kwargs.keys()}
-        if "base_model" in changes:                         # another one has other commits
-            changes = {"base_revision": None} | changes
-        return super().from_dict({**config_dict, **changes}, **kwargs)
+        if "base_model" in kwargs:                          # another base has other commits
+            config_dict = {**config_dict, "base_revision": None}
+        return super().from_dict(config_dict, **kwargs)
 
     def check_base(self, base):
         """ValueError: a base (its configuration) that this path cannot run on."""
+        check_settings(self)
         if base.model_type not in SUPPORTED:
             raise ValueError(f"{base.model_type!r} is not a supported architecture; supported: "
                              f"{', '.join(SUPPORTED)}")
         if self.path != "lora" and hasattr(base, "quantization_config"):
             raise ValueError(f"path={self.path} needs a base that is not quantised: use lora")
-        for key in SIZES:
-            ours, theirs = getattr(self.text_config or base, key), getattr(base, key)
-            if ours != theirs:
-                raise ValueError(f"this path belongs to a base with {key}={ours}, but the base "
-                                 f"given has {key}={theirs}; load it onto "
-                                 f"{self.base_model or 'its own base'}")
         self.text_config = base
 
     def get_text_config(self, *args, **kwargs):
@@ -682,11 +655,8 @@ class L2DConfig(transformers.PreTrainedConfig):
 KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
                     "attn_implementation", "experts_implementation", "torch_dtype",
                     "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
-                    "bos_token_id", "eos_token_id"}         # (the last four: from Trainer)
-
-def refuse_unknown(names):
-    if names:
-        raise ValueError(f"unknown settings: {', '.join(sorted(names))}")
+                    "bos_token_id", "eos_token_id",         # (the last four: from Trainer)
+                    "output_attentions"}
 
 def check_steps(solver, steps):
     """ValueError: a fixed-step solver cannot make T = `steps` evaluations; names the nearest T."""
@@ -698,14 +668,13 @@ def check_steps(solver, steps):
         raise ValueError(f"steps={steps} is not possible with {solver}, which needs steps = "
                          f"{cost}n + 1; the nearest are {below} and {below + cost}")
 
-def check_settings(s):
-    """ValueError: names the first setting with an impossible value, and says what is possible."""
+def check_settings(s, steps=None):
+    """ValueError: names the first setting with an impossible value, and says what is possible.
+    steps takes the place of the setting."""
     def require(good, name, rule):
         if not good:
             raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
-    choices = {"path": PATHS, "init": INITS, "timesteps": TIMESTEPS, "velocity": VELOCITIES,
-               "solver": TABLEAUS}
-    for name, known in choices.items():
+    for name, known in CHOICES.items():
         require(getattr(s, name) in known, name, f"is unknown; use one of {', '.join(known)}")
     for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
         value = getattr(s, name)
@@ -713,15 +682,15 @@ def check_settings(s):
     positive = ("sigma", "lora_alpha", "atol", "rtol")
     for name in (*positive, "class_dropout", "guidance", "t_start"):
         value = getattr(s, name)
-        require(isinstance(value, (int, float)) and math.isfinite(value), name, "must be a number")
-        require(value > 0 or name not in positive, name, "must be a positive number")
+        good = isinstance(value, (int, float)) and 0 <= value < math.inf
+        require(good and (value > 0 or name not in positive), name,
+                "must be a positive number" if name in positive else "must be a number, 0 or more")
     require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
-    require(0 <= s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
+    require(s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
     require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
-    require(s.guidance >= 0, "guidance", "must be 0 or more")
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")
-    check_steps(s.solver, s.steps)
+    check_steps(s.solver, s.steps if steps is None else steps)
     touches_end = TABLEAUS[s.solver].c[-1] == 1             # at 1, the velocity divides by 0
     possible = s.t_end is None or 0 < s.t_end < 1 or (s.t_end == 1 and not touches_end)
     limit = "below" if touches_end else "at most"
@@ -731,31 +700,32 @@ def check_settings(s):
 # ---- Table 8's alternatives to LoRA --------------------------------------------------------------
 
 class OwnLinear(Linear):
-    """The path's own copy of the LM's layer `base`, which is an argument to match LoRALinear."""
+    """A copy of the LM's layer `base`, or one that starts anew, with weights of deviation `std`.
+    forward takes `base` only to match LoRALinear."""
 
-    def __init__(self, base):
+    def __init__(self, base, std=None):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
         self.to(base.weight.device).load_state_dict(base.state_dict())
+        if std is not None:
+            nn.init.normal_(self.weight, std=std)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
 
     def forward(self, x, base):
         return super().forward(x)
 
 def path_linear(config, base):
-    """The path's version of `base`: LoRA, a copy ("full"), or one that starts anew ("scratch")."""
+    """The path's version of the LM's linear layer `base`."""
     if config.path == "lora":
         return LoRALinear(base, config.lora_rank, config.lora_alpha)
-    layer = OwnLinear(base)
-    if config.path == "scratch":
-        nn.init.normal_(layer.weight, std=config.text_config.initializer_range)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-    return layer
+    std = config.text_config.initializer_range
+    return OwnLinear(base, std if config.path == "scratch" else None)
 
 # ---- The cache -----------------------------------------------------------------------------------
 
 class CachedPath(DiffusionPath):
-    """A path in evaluation mode, with what depends on weights alone computed once: the blocks in
-    the LM's dtype and the vocabulary's table. It is the one cache of this file."""
+    """A path in evaluation mode, with what depends on weights alone computed once: a copy of the
+    blocks in the LM's dtype, and the vocabulary's table. All else is the path's own."""
 
     def __init__(self, path, dtype):
         nn.Module.__init__(self)
@@ -772,9 +742,8 @@ class CachedPath(DiffusionPath):
 
 # ---- The model -----------------------------------------------------------------------------------
 
-CACHE = "past_key_values"                           # the cache's name in the library's outputs
-if "cache" in CausalLMOutputWithPast.__dataclass_fields__:
-    CACHE = "cache"                                 # since transformers 5.24
+OUTPUTS = CausalLMOutputWithPast.__dataclass_fields__
+CACHE = "cache" if "cache" in OUTPUTS else "past_key_values"    # renamed in transformers 5.24
 
 @dataclass
 class L2DOutput(CausalLMOutputWithPast):
@@ -783,51 +752,45 @@ class L2DOutput(CausalLMOutputWithPast):
     evaluations: torch.Tensor | None = None
     passes: torch.Tensor | None = None
 
-def check_rising(position_ids, attention_mask):
-    """ValueError: positions [B, S] that do not rise from token to token: packed examples."""
-    pairs = position_ids[:, 1:] > position_ids[:, :-1]
-    if attention_mask is not None:
-        real = attention_mask[:, -position_ids.shape[1]:].bool()
-        pairs = pairs | ~real[:, 1:] | ~real[:, :-1]
-    if not pairs.all():
-        raise ValueError("position_ids do not rise along a row: if it packs several examples, give "
-                         "each a row of its own, or one would read the other")
-
 def kept_columns(keep):
-    """The columns of each row that keep [B, S] marks, int64 [B, N]; N is the most that a row has.
-    A row with fewer gets others, as filler."""
+    """The columns of each row that keep [B, S] marks, then filler: int64 [B, N] (True first)."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
+def per_row(values, name, columns):
+    """Whole numbers [B], as int64 in the shape of columns [B, N]. ValueError: others."""
+    values = torch.as_tensor(values, device=columns.device)
+    if values.shape != columns.shape[:1] or values.is_floating_point():
+        raise ValueError(f"{name} must be {len(columns)} whole numbers, one for each row: not "
+                         f"{values.tolist()}")
+    return values.long()[:, None].expand_as(columns)
+
 def check_whole(base):
-    """ValueError: no base, or one with adapters in it."""
+    """ValueError: no base, or one with adapters in it or on several devices."""
     if base is None:
         raise ValueError("a path needs its base: L2D.from_pretrained(FOLDER), or L2D(config, base)")
     if hasattr(base, "peft_type") or any(hasattr(m, "base_layer") for m in base.modules()):
         raise ValueError("the base holds adapters: merge them, base = base.merge_and_unload(), and "
                          "save it, so that the path can find it again")
+    if len(devices := sorted({str(p.device) for p in base.parameters()})) > 1:
+        raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
+                         'device: load it with device_map={"": 0}')
 
 def checksum(base):
-    """Of the base's weights: of four rows of every tensor, as bfloat16, so that it is the same in
-    float32. None: they have other numbers (quantised, float16) or none (the meta device)."""
-    found = 0
-    for _, p in sorted(base.named_parameters()):
-        p = p.full_tensor() if hasattr(p, "full_tensor") else p         # a shard of it (--shard)
+    """A checksum of the base's settings, shapes and four rows of every tensor, as bfloat16, so that
+    it is the same in float32. None: a base in another format (quantised, float16) or on "meta"."""
+    settings = ("hidden_act", "num_attention_heads", "rms_norm_eps", "rope_parameters",
+                "sliding_window")
+    settings = {name: getattr(base.config, name, None) for name in settings}
+    found = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
+    for name, p in sorted(base.named_parameters()):
         if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             return None
         rows = p.detach().reshape(-1, p.shape[-1])
         rows = rows[::max(1, len(rows) // 4)].to("cpu", torch.bfloat16)
+        found = zlib.crc32(f"{name} {list(p.shape)}".encode(), found)
         found = zlib.crc32(rows.view(torch.int16).numpy().tobytes(), found)
     return f"{found:08x}"
-
-def check_weights(config, base):
-    """The checksum that the path's base has to have. ValueError: this one has another."""
-    known, found = config.base_checksum, checksum(base)
-    if None not in (known, found) and known != found:
-        raise ValueError(f"this path belongs to {config.base_model or 'a base'} with the checksum "
-                         f"{known}, but the weights given have {found}: name the right ones "
-                         "(base_model=, base_revision=) or, to use these, base_checksum=None")
-    return known or found
 
 def cached_commit(name):
     """The commit of a hub model's main branch in the cache. None: a folder, or not there."""
@@ -841,7 +804,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A frozen causal LM (`base`) and its diffusion path (`path`). To `generate`, pipelines and
     evaluation harnesses it is a causal LM whose logits take config.steps evaluations of the path.
     The base is shared, never changed and always in evaluation mode. The path is float32.
-    ValueError: a base of an unsupported architecture or of other sizes than the path's."""
+    ValueError: a base that the path cannot run on, or that is not the one it was trained on."""
     config_class = L2DConfig
     base_model_prefix = "base"
     _supports_sdpa = supports_gradient_checkpointing = True
@@ -850,13 +813,14 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     def __init__(self, config, base=None):
         check_whole(base)
         config.check_base(base.config)
-        devices = sorted({str(p.device) for p in base.parameters()})
-        if len(devices) > 1:
-            raise ValueError(f"the base lies on {', '.join(devices)}, and the path needs it on one "
-                             'device: load it with device_map={"": 0}, or train with --shard')
         config.base_model = config.base_model or base.name_or_path
         config.base_revision = config.base_revision or cached_commit(config.base_model)
-        config.base_checksum = check_weights(config, base)
+        known, found = config.base_checksum, checksum(base)
+        if None not in (known, found) and known != found:
+            raise ValueError(f"this path belongs to {config.base_model} with the checksum {known}, "
+                             f"but the weights given have {found}: name the right ones "
+                             "(base_model=, base_revision=) or, to use these, base_checksum=None")
+        config.base_checksum = known or found
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.generation_config = copy.deepcopy(base.generation_config)
@@ -864,7 +828,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         with base.device:
             self.path = DiffusionPath(config, base.model.layers, partial(path_linear, config))
             if config.init == "tied":
-                self.read_state()
+                self.start_tied()
         self.cached = None                              # or (stamp of the weights, CachedPath)
         self.post_init()
 
@@ -872,15 +836,23 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
 
     @torch.no_grad()
-    def read_state(self):
-        """Start the path as one that reads x_t: see `DiffusionPath.read_state`."""
-        base, V = self.base, self.base.config.vocab_size
-        n = min(V, 4 * base.config.hidden_size)         # tokens enough, all over the vocabulary
-        ids = torch.linspace(0, V - 1, n, device=base.device).long()
-        x_1 = self.path.vocabulary(base.model.embed_tokens(ids))
+    def start_tied(self):
+        """config.init = "tied": x_embedder begins as f = M x_t. All x_1 have one length, so Bayes'
+        rule takes from x_t only the scores x_1(j)·x_t of the tokens j. The LM's head gives f the
+        scores head_j·f. So M solves head_j·M ≈ x_1(j), by least squares over many tokens. f has the
+        size of the LM's hidden state; otherwise f would be lost in it until w(t) has grown."""
+        head, (first, _, last) = self.base.lm_head.weight, self.path.x_embedder
+        n = min(len(head), 4 * head.shape[1])
+        ids = torch.linspace(0, len(head) - 1, n, device=head.device).long()
+        x_1, head = self.path.vocabulary(self.base.model.embed_tokens(ids)), head[ids].float()
+        A = head.T @ head
+        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
+        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
+        # The size, as a root mean square, on a text of about 64 such tokens.
         hidden = self.run_base(ids[None, ::n // 64 + 1], None, None, DynamicCache()).float()
-        size = hidden.pow(2).mean(-1).sqrt().median()
-        self.path.read_state(base.lm_head.weight[ids].float(), x_1, size)
+        M *= hidden.pow(2).mean(-1).sqrt().median() * math.sqrt(len(M)) / M.norm()
+        nn.init.orthogonal_(first.weight, gain=0.3)     # small, as SiLU(x) is near x/2 there
+        last.weight.copy_(2 / 0.3**2 * M @ first.weight.T)
 
     # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
     # of a weight that torch counts drop it.
@@ -904,64 +876,65 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     # Reading the context with the frozen LM
 
     @torch.no_grad()
-    def run_base(self, input_ids, attention_mask, position_ids, cache, inputs_embeds=None):
+    def run_base(self, input_ids, attention_mask, position_ids, cache):
         """Run the LM over S new tokens; the cache grows by S. Returns the hidden state before its
         final norm [B, S, D]. The path is added there, and the library returns it only normed.
         ValueError: under autocast."""
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
-        lm, past, caught = self.base.model, int(cache.get_seq_length()), []
-        thread = threading.get_ident()
+        lm, caught, thread = self.base.eval().model, [], threading.get_ident()
 
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
                 caught.append(inputs[0])
-        with lm.norm.register_forward_pre_hook(catch):      # by position: the cache's name changes
-            lm(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=True)
-        hidden = caught[0]
-        if int(cache.get_seq_length()) != past + hidden.shape[1]:
-            raise RuntimeError(f"the base has not written its {hidden.shape[1]} keys into the "
-                               "cache: install a version of transformers that requirements.txt "
-                               "allows")
-        return hidden
+        with lm.norm.register_forward_pre_hook(catch):
+            lm(input_ids, attention_mask, position_ids, cache, use_cache=True)
+        return caught[0]
 
     @torch.no_grad()
-    def read(self, keep, input_ids=None, attention_mask=None, position_ids=None, cache=None,
-             inputs_embeds=None, class_ids=None, seeds=None):
-        """Run the LM once and return the Context of the positions `keep`, bool [B, S]. N is the
-        most that a row keeps. class_ids, seeds: int64 [B]; None: no class, and random seeds."""
-        B, S = keep.shape
+    def read(self, keep, input_ids, attention_mask=None, position_ids=None, cache=None,
+             class_ids=None, seeds=None):
+        """Run the LM once and return the Context of the positions `keep`: how many of the last, 0
+        for all, or a mask, bool [B, S]. N is the most that a row keeps; a row with fewer gets
+        others, as filler. class_ids, seeds: int64 [B]; None: no class, and random seeds."""
+        (B, S), device = input_ids.shape, input_ids.device
         cache = DynamicCache() if cache is None else cache
-        past, device = int(cache.get_seq_length()), keep.device
-        if position_ids is None:
-            position_ids = past + torch.arange(S, device=device)
-        position_ids = position_ids.expand(B, S)
-        check_rising(position_ids, attention_mask)
-        hidden = self.run_base(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        columns = kept_columns(keep)                                                    # [B, N]
+        past = int(cache.get_seq_length())
+        every = torch.arange(S, device=device).expand(B, S)
+        columns = kept_columns(keep) if torch.is_tensor(keep) else every[:, -keep:]     # [B, N]
+        position_ids = past + every if position_ids is None else position_ids.expand(B, S)
+        if attention_mask is None and (position_ids.diff() < 1).any():
+            raise ValueError("position_ids do not rise along a row: if it packs several examples, "
+                             "give each a row of its own, or one would read the other")
+        hidden = self.run_base(input_ids, attention_mask, position_ids, cache)
         def kept(x):                                    # [B, S, ..] -> [B, N, ..]
             return x[torch.arange(B, device=device)[:, None], columns]
-        # Of the LM's own run: some rotary embeddings depend on the largest position there is.
+        # As in the LM's run, for all positions: some rotary embeddings depend on the largest one.
         cos, sin = map(kept, self.base.model.rotary_emb(hidden, position_ids))
         if seeds is None:
             seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
-        N, layers = columns.shape[1], cache.layers
+        if class_ids is not None or self.config.class_names:
+            class_ids = per_row(self.check_classes(class_ids, B), "class_ids", columns)
+        layers = cache.layers
         masks, kinds = self.make_masks(past + columns, layers[0].keys.shape[2], attention_mask)
         return Context(
             lm=self.base, main_hidden=kept(hidden), cos=cos[:, :, None], sin=sin[:, :, None],
             keys=[layer.keys for layer in layers], values=[layer.values for layer in layers],
-            masks=masks, kinds=kinds,
-            seeds=seeds.to(device).long().expand(B)[:, None].expand(B, N),      # 64-bit hash
-            positions=kept(position_ids).long(),
-            class_ids=self.check_classes(class_ids, B, N, device))
+            masks=masks, kinds=kinds, seeds=per_row(seeds, "seeds", columns),
+            positions=kept(position_ids).long(), class_ids=class_ids)
 
     def read_labelled(self, input_ids, labels, attention_mask=None, position_ids=None,
                       class_ids=None, seeds=None):
         """The Context of the labelled positions and their targets, int64 [B, N], −100 in filler.
-        ValueError: no label, or labels of another shape."""
+        Other positions do not pass through the path. ValueError: no label, or labels of another
+        shape; a base that would be trained, too."""
+        if any(p.requires_grad for p in self.base.parameters()):
+            raise ValueError("the base must stay frozen: call model.base.requires_grad_(False), "
+                             "and put no adapters (PEFT) on an L2D model")
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
+        self.check_inputs(input_ids, attention_mask, DynamicCache(), 0)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).long()
         keep = following != IGNORE
         if not keep.any():
@@ -979,136 +952,97 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         key = torch.arange(length, device=columns.device)                               # [L]
         visible = key <= query
         if attention_mask is not None:
-            padding = length - attention_mask.shape[1]
-            visible = visible & F.pad(attention_mask.bool(), (0, padding))[:, None]
+            unused = length - attention_mask.shape[1]           # of a static cache
+            visible = visible & F.pad(attention_mask.bool(), (0, unused))[:, None]
         visible = visible | (key == query)                  # else a query on padding would be NaN
-        window = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            kinds = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None) or math.inf
+        kinds = getattr(config, "layer_types", None)            # without it, all have the window
+        kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
         G, masks = config.num_attention_heads // config.num_key_value_heads, {}
         for kind in set(kinds):
-            shown = visible
-            if kind == "sliding_attention" and window:
-                shown = visible & (key > query - window)
-            mask = torch.zeros(shown.shape, dtype=self.base.dtype, device=columns.device)
-            mask = mask.masked_fill(~shown, -math.inf)
+            within = key > query - (window if kind == "sliding_attention" else math.inf)
+            mask = torch.zeros(visible.shape, dtype=self.base.dtype, device=columns.device)
+            mask = mask.masked_fill(~(visible & within), -math.inf)
             masks[kind] = mask.repeat_interleave(G, dim=1)[:, None]
         return masks, kinds
 
-    def check_classes(self, class_ids, B, N, device):
-        """Class numbers [B] as int64 [B, N]; None is the null class. ValueError: no such class."""
+    def check_classes(self, class_ids, B):
+        """Class numbers [B]; without class_ids, the null class. ValueError: no such class."""
         names = self.config.class_names
-        if class_ids is None and not names:
-            return None
-        null = len(names)
-        class_ids = torch.as_tensor(null if class_ids is None else class_ids, device=device)
-        if not names or class_ids.min() < 0 or class_ids.max() > null:
+        class_ids = torch.as_tensor([len(names)] * B if class_ids is None else class_ids)
+        if not names or class_ids.min() < 0 or class_ids.max() > len(names):
             known = ", ".join(names) or "none: this model was trained without"
-            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{null} ({null} means "
-                             f"no class); the classes are {known}")
-        return class_ids.expand(B)[:, None].expand(B, N)
+            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{len(names)}, where "
+                             f"{len(names)} means no class; the classes are {known}")
+        return class_ids
 
     # A causal LM's forward
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, labels=None, use_cache=None, logits_to_keep=0, steps=None,
-                class_ids=None, seeds=None, num_items_in_batch=None, cache=None, **others):
+                labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None,
+                seeds=None, num_items_in_batch=None, cache=None, **others):
         """With labels [B, S] (labels[:, k + 1] is the target at k, −100 for none): the loss, a mean
-        over targets, or a sum over num_items_in_batch. Without: next-token logits [B, N, V] after
-        `steps` evaluations, at all kept positions in parallel. input_ids int64 [B, S];
-        attention_mask [B, past + S], 0 on padding; logits_to_keep: the last N positions, 0 for
-        all, or a bool mask [B, S] (then logits are [M, V]). class_ids, seeds: int64 [B].
-        cache is the library's newer name for past_key_values. Of other arguments, those that
-        change nothing here are taken. ValueError: bad values; TypeError: unknown arguments."""
+        over targets, or a sum over num_items_in_batch. A loss with gradients switches to training
+        mode, as an optimizer is about to change the weights. Without labels: next-token logits
+        [B, N, V] of the last N = logits_to_keep positions (0: of all), after `steps` evaluations,
+        in parallel. input_ids int64 [B, S]; attention_mask [B, past + S], 0 on padding; class_ids,
+        seeds: int64 [B]. cache is the library's newer name for past_key_values. Of other arguments,
+        those that change nothing here are taken. ValueError: bad values; TypeError: unknown
+        arguments."""
         given = {name for name, value in others.items() if value is not None and value is not False}
         unknown = given - {"return_dict", "cache_position", "tokenizer"}       # from `generate`
         if unknown:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are two names of one argument: give one")
-        tokens = inputs_embeds if input_ids is None else input_ids
-        if tokens is None or tokens.shape[1] == 0:
-            raise ValueError("the input is empty; give input_ids with at least one token in every "
-                             "row, such as the start of a text")
+        caches = [c for c in (past_key_values, cache) if c is not None]
+        if len(caches) > 1:
+            raise ValueError("past_key_values and cache are two names of one argument: give one")
         if labels is not None:
-            if past_key_values is not None or cache is not None:
-                raise ValueError("labels need no past_key_values: the loss is of whole sequences")
-            losses, _ = self.token_losses(input_ids, labels, attention_mask, position_ids,
-                                          class_ids, seeds)
+            if caches or steps is not None or logits_to_keep:
+                raise ValueError("labels take no past_key_values, steps or logits_to_keep: the "
+                                 "loss is of whole sequences, at random times")
+            if torch.is_grad_enabled():
+                self.train()
+            losses, _ = diffusion_losses(self.path, *self.read_labelled(
+                input_ids, labels, attention_mask, position_ids, class_ids, seeds))
             return L2DOutput(loss=losses.sum() / (num_items_in_batch or len(losses)))
-        cache = past_key_values if cache is None else cache
-        cache = DynamicCache() if cache is None else cache
-        self.check_inputs(tokens, attention_mask, cache, logits_to_keep)
+        cache = caches[0] if caches else DynamicCache()
+        self.check_inputs(input_ids, attention_mask, cache, logits_to_keep)
         T = self.config.steps if steps is None else steps
-        check_steps(self.config.solver, T)
+        check_settings(self.config, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = torch.zeros(1)                      # no noise: take none of torch's numbers
-        keep = self.kept(tokens, logits_to_keep)
-        context = self.read(keep, input_ids, attention_mask, position_ids, cache, inputs_embeds,
+            seeds = [0] * len(input_ids)                # no noise: leave torch's generator alone
+        context = self.read(logits_to_keep, input_ids, attention_mask, position_ids, cache,
                             class_ids, seeds)
-        found = diffuse(self.current_path(), context, T)    # logits, evaluations, passes
-        valid = keep.gather(1, kept_columns(keep))      # False for filler
-        self.check_finite(found[0], context, valid)
-        if torch.is_tensor(logits_to_keep):
-            found = [values[valid] for values in found]
-        returned = cache if use_cache is not False else None
-        return L2DOutput(logits=found[0], evaluations=found[1], passes=found[2],
-                         **{CACHE: returned})
-
-    def token_losses(self, input_ids, labels, attention_mask=None, position_ids=None,
-                     class_ids=None, seeds=None):
-        """Losses [M] and times [M] of the labelled positions, row by row (`diffusion_losses`).
-        Other positions do not pass through the path. A loss with gradients switches to training
-        mode, as an optimizer is about to change the weights. ValueError: no label, or of another
-        shape."""
-        if any(p.requires_grad for p in self.base.parameters()):
-            raise ValueError("the base must stay frozen: call model.base.requires_grad_(False), "
-                             "and put no adapters (PEFT) on an L2D model")
-        if torch.is_grad_enabled():
-            self.train()
-        return diffusion_losses(self.path, *self.read_labelled(
-            input_ids, labels, attention_mask, position_ids, class_ids, seeds))
+        logits, evaluations, passes = diffuse(self.current_path(), context, T)
+        failed = (~logits.amax(-1).isfinite()).nonzero()
+        if len(failed):
+            row, n = failed[0].tolist()
+            raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
+                               "look for such numbers in the weights of the base and of the path; "
+                               "float16 also overflows")
+        return L2DOutput(logits=logits, evaluations=evaluations, passes=passes,
+                         **{CACHE: cache if use_cache is not False else None})
 
     @staticmethod
-    def check_inputs(tokens, attention_mask, cache, logits_to_keep):
-        shape = [len(tokens), int(cache.get_seq_length()) + tokens.shape[1]]
+    def check_inputs(input_ids, attention_mask, cache, logits_to_keep):
+        """ValueError: says which of them is wrong, and what it must be."""
+        if input_ids is None or input_ids.shape[1] == 0:
+            raise ValueError("the input is empty; give input_ids with at least one token in every "
+                             "row, such as the start of a text")
+        if type(logits_to_keep) is not int or logits_to_keep < 0:
+            raise ValueError("logits_to_keep must be how many of the last positions, or 0 for all: "
+                             f"not {logits_to_keep}")
+        shape = [len(input_ids), int(cache.get_seq_length()) + input_ids.shape[1]]
         if attention_mask is not None and list(attention_mask.shape) != shape:
             raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, "
                              f"{list(attention_mask.shape)}; it must be {shape}")
-        last_only = type(logits_to_keep) is int and logits_to_keep > 0
-        if attention_mask is not None and last_only and (
-                ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # prefill_chunk_size
+        if attention_mask is not None and logits_to_keep and (
+                ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # not in all of it
             raise ValueError("a row ends in padding, and its next token would follow that; pad on "
                              "the left to generate")
         if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
             raise ValueError("past_key_values drops keys outside a sliding window, and the path "
                              "needs them; pass DynamicCache()")
-
-    @staticmethod
-    def check_finite(logits, context, valid):
-        """RuntimeError: an answer with NaN or inf; names its row and position."""
-        failed = ~logits.amax(-1).isfinite() & valid
-        if failed.any():
-            row, n = failed.nonzero()[0].tolist()
-            raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
-                               "look for such numbers in the weights of the base and of the path; "
-                               "float16 also overflows")
-
-    @staticmethod
-    def kept(tokens, logits_to_keep):
-        """logits_to_keep as a bool mask [B, S]. ValueError: it is neither that nor a number."""
-        shape = list(tokens.shape[:2])
-        if type(logits_to_keep) is int and logits_to_keep >= 0:
-            keep = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
-            keep[:, -logits_to_keep:] = True
-            return keep
-        is_mask = getattr(logits_to_keep, "dtype", None) == torch.bool
-        if not is_mask or list(logits_to_keep.shape) != shape:
-            given = list(logits_to_keep.shape) if is_mask else logits_to_keep
-            raise ValueError("logits_to_keep must be how many of the last positions, or a bool "
-                             f"mask {shape}: not {given}")
-        return logits_to_keep
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
@@ -1142,28 +1076,22 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         tensors, most = self.path.state_dict(), convert_file_size_to_int(max_shard_size or "1000GB")
         refused = any(map(kwargs.get, ("variant", "distributed_checkpoint", "push_to_hub")))
         if refused or sum(t.nbytes for t in tensors.values()) > most:
-            raise ValueError("a path is saved as one file: leave out max_shard_size, variant and "
-                             "distributed_checkpoint; upload it with model.push_to_hub(NAME)")
+            raise ValueError("a path is saved as one file: leave out max_shard_size, variant, "
+                             "distributed_checkpoint and push_to_hub")
         base_model = self.config.base_model
         if os.path.isdir(base_model):
-            self.config.base_model = relative_path(base_model, save_directory)
+            with suppress(ValueError):                  # it lies on another drive of Windows
+                relative = os.path.relpath(base_model, save_directory)
+                self.config.base_model = relative.replace(os.sep, "/")
+        self.config.base_checksum = checksum(self.base) or self.config.base_checksum
         try:
             super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
         finally:
             self.config.base_model = base_model
 
-    def push_to_hub(self, repo_id, private=None, token=None, **kwargs):
-        """Upload the path, and the card of the folder it comes from. ValueError: a local base."""
-        base, card = self.config.base_model, os.path.join(self.config.name_or_path, "README.md")
-        if not base or os.path.isdir(base):
-            raise ValueError(f"the base {base!r} is not on the hub, so nobody could load the path: "
-                             "upload it, and set model.config.base_model to its name there")
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            if os.path.isfile(card):
-                shutil.copy(card, folder)
-            name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return HfApi(token=token).upload_folder(repo_id=name, folder_path=folder, **kwargs)
+    def push_to_hub(self, *args, **kwargs):
+        raise ValueError("upload the folder of the path, which holds its card: hf upload NAME "
+                         "FOLDER. Its config.json must name a base_model that is on the hub")
 
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
@@ -1171,32 +1099,29 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         mode. Arguments that name settings change them (steps=127); revision is the path's; the
         rest (dtype, device_map, ..) goes to the base. ValueError: a base or tensors that do not
         fit; OSError: nothing there."""
-        if kwargs.get("output_loading_info") or kwargs.get("state_dict"):
-            raise ValueError("output_loading_info and state_dict are not possible: all tensors of "
-                             "a path must be in its folder, and fit")
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash",
                      "_from_auto", "output_loading_info", "state_dict"):
-            kwargs.pop(name, None)                      # auto classes say them of the path
+            if kwargs.pop(name, None) and name in ("output_loading_info", "state_dict"):
+                raise ValueError(f"{name} is not possible: all tensors of a path must be in its "
+                                 "folder, and fit")
         hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
         hub |= {key: kwargs[key] for key in shared if key in kwargs}
         changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
         if config is None:
-            found, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
-            kind = found.get("model_type")
-            if kind != "l2d":
+            config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
+            if (kind := config.get("model_type")) != "l2d":
                 raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
                                  "path: train one on it with train.py --model")
-            config = cls.config_class.from_dict(found)
-        config.update({"base_revision": None} | changes if "base_model" in changes else changes)
+            config = L2DConfig.from_dict(config, **changes)
+        config.update(changes)
         config.name_or_path = str(name_or_path)
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         if config.base_model and os.path.isdir(moved):
             config.base_model = moved
         if config.base_checksum is None:
             warnings.warn(f"{name_or_path} holds no checksum of its base, which is not checked")
-        base = load_base(config, **kwargs) if base is None else base
-        model = cls(config, base)
+        model = cls(config, base or load_base(config, **kwargs))
         file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)
         model.load_path(load_file(file))            # safetensors: a format that runs no code
         return model.eval()
@@ -1209,14 +1134,12 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def load_path(self, tensors):
         """Copy tensors (name -> tensor) into the path. ValueError: names all that do not fit."""
-        ours, wrong = self.path.state_dict(), []
-        for name in sorted(ours.keys() | tensors.keys()):
-            if name not in ours:
-                wrong.append(f"{name} is unknown")
-            elif name not in tensors:
-                wrong.append(f"{name} is missing")
-            elif tensors[name].shape != ours[name].shape:
-                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(ours[name].shape)}")
+        ours = {name: p.shape for name, p in self.path.state_dict().items()}
+        wrong = [f"{name} is {'missing' if name in ours else 'unknown'}"
+                 for name in sorted(ours.keys() ^ tensors.keys())]
+        for name in sorted(ours.keys() & tensors.keys()):
+            if tensors[name].shape != ours[name]:
+                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(ours[name])}")
             elif not tensors[name].isfinite().all():
                 wrong.append(f"{name} holds NaN or inf")
         if wrong:
@@ -1234,12 +1157,6 @@ def load_base(config, **kwargs):
         kwargs["revision"] = config.base_revision
     return AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False,
                                                 **kwargs)
-
-def relative_path(path, start):
-    try:
-        return os.path.relpath(path, start).replace(os.sep, "/")
-    except ValueError:                                  # on another drive of Windows
-        return path
 
 # A copy of this file lies in every folder of a path. If told to trust it, the library runs that
 # copy, for its folder alone; only `import l2d` makes the name l2d known everywhere.

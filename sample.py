@@ -4,9 +4,7 @@
     python sample.py --prompt "347*6" --trace          a question, and how its first token arises
     python sample.py --out out/my-run --interactive    a chat; an empty line or Ctrl-C ends it
     python sample.py --guidance 1.5 --label math       guidance, for a model trained with classes
-
---steps is the number of evaluations of the path per token, the paper's T; 1 is the base itself. A
-question gets the same answer alone and among others."""
+"""
 
 import argparse
 import time
@@ -29,7 +27,7 @@ def parse_args():
     add("--system", metavar="TEXT", help="system prompt, put before every question or the chat")
     add("--trace", action="store_true", help="show how the first token comes about")
     add = parser.add_argument_group("diffusion").add_argument
-    add("--steps", type=int, default=15, help="evaluations of the path per token, T")
+    add("--steps", type=int, default=15, help="evaluations of the path per token, T; 1: the base")
     add("--solver", choices=TABLEAUS, default="midpoint", help="the last two choose their own T")
     add("--guidance", type=float, default=1.0, metavar="W", help="guidance scale; 1: none")
     add("--t-start", type=float, default=0.0, help="when to start; 0 as in the paper")
@@ -40,8 +38,8 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the noise and of sampling")
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
-    console.check_numbers(parser, vars(parser.parse_args()), ["max_new_tokens"], ["temperature"])
     args = parser.parse_args()
+    console.check_numbers(parser, vars(args), ["max_new_tokens"], ["temperature"])
     if args.prompt and not all(map(str.strip, args.prompt)):
         parser.error("--prompt is empty")
     return args
@@ -53,10 +51,9 @@ def trace(model, tokenizer, input_ids, **which):
     def observe(x_t, t, logits):
         states.append(x_t)
         probability, token = logits[0, 0].float().softmax(-1).max(-1)
-        moved = (x_t - states[-2:][0]).norm()            # 0 at the first
-        print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([token.item()])!r:<16}"
-              f"{probability.item():12.3f}{moved.item():9.2f}")
-    context = model.read(model.kept(input_ids, 1), input_ids, **which)
+        print(f"{len(states):4d} {t.item():6.3f}  {tokenizer.decode([int(token)])!r:<16}"
+              f"{probability.item():12.3f}{(x_t - states[-2:][0]).norm().item():9.2f}")
+    context = model.read(1, input_ids, **which)
     diffuse(model.current_path(), context, observe=observe)
 
 class Session:
@@ -66,14 +63,15 @@ class Session:
         self.args, self.counts, self.seconds = args, [], 0.0
         names = ("steps", "solver", "guidance", "t_start", "dtype")
         self.model = console.load_model(folder, **{name: getattr(args, name) for name in names})
-        self.model.to(console.pick_device(args.device)).register_forward_hook(self.count)
+        self.model.to(console.pick_device(args.device)).register_forward_hook(
+            lambda model, inputs, output: self.counts.append((output.evaluations, output.passes)))
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
         names, self.which = self.model.config.class_names, {}
         if args.label in names:
-            self.which = {"class_ids": torch.tensor([names.index(args.label)])}
+            self.which["class_ids"] = torch.tensor([names.index(args.label)])
         elif args.label is not None:
-            known = ", ".join(names) or "no classes"
-            raise ValueError(f"label {args.label!r} is unknown; this model knows {known}")
+            raise ValueError(f"label {args.label!r} is unknown; this model knows "
+                             f"{', '.join(names) or 'no classes'}")
         # Plain sampling: what the base's own configuration adds (top_p, ..) is not wanted.
         ends = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
@@ -81,16 +79,15 @@ class Session:
             do_sample=args.temperature > 0, temperature=args.temperature or 1.0, top_k=0,
             eos_token_id=sorted(ends), pad_token_id=self.tokenizer.pad_token_id or 0)
 
-    def count(self, model, inputs, output):
-        self.counts.append((output.evaluations.item(), output.passes.item()))
-
     def answer(self, messages):
         """Print the answer to a chat as it is written, and return it. All its random numbers depend
         on the text and --seed alone, so not on which other questions are asked."""
         args, model, tokenizer = self.args, self.model, self.tokenizer
-        system = [{"role": "system", "content": args.system}] if args.system else []
-        text = render(tokenizer, system + messages)
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        if args.system:
+            messages = [{"role": "system", "content": args.system}, *messages]
+        text = render(tokenizer, messages)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([ids], device=model.device)
         room = model.base.config.max_position_embeddings - ids.shape[1]
         if room < 1:
             raise ValueError(f"the chat has {ids.shape[1]} tokens, but the model's context only "
@@ -98,31 +95,29 @@ class Session:
         seed = args.seed << 32 | zlib.crc32(text.encode())
         self.which["seeds"] = torch.tensor([seed])
         if args.trace:
-            trace(model, tokenizer, ids.to(model.device), **self.which)
+            trace(model, tokenizer, ids, **self.which)
         torch.manual_seed(seed)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         start, most = time.perf_counter(), min(args.max_new_tokens, room)
         try:
-            found = model.generate(ids.to(model.device), streamer=streamer, max_new_tokens=most,
-                                   **self.which)
+            found = model.generate(ids, streamer=streamer, max_new_tokens=most, **self.which)
         finally:                                         # at Ctrl-C, too
             self.seconds += time.perf_counter() - start
             streamer.end()                               # a blank line, and what it holds back
         return tokenizer.decode(found[0, ids.shape[1]:], skip_special_tokens=True)
 
     def summary(self):
-        used, passes = torch.tensor(self.counts, dtype=torch.float).mean(0).tolist()
-        n, speed = len(self.counts), len(self.counts) / self.seconds
+        n, (used, passes) = len(self.counts), torch.tensor(self.counts).float().mean(0).tolist()
         how = self.args.solver if TABLEAUS[self.args.solver].error else f"T = {self.args.steps}"
         return (f"{how}: {used:.4g} evaluations in {passes:.2f} passes per token; {n} tokens, "
-                f"{speed:.1f} tokens/s on {self.model.device.type}")
+                f"{n / self.seconds:.1f} tokens/s on {self.model.device.type}")
 
 def questions(args, model):
     """(question, right answer or None): those of --prompt, or nine of the tiny model's."""
-    test = Path(model.config.base_model) / "test.jsonl"
+    test = Path(model.config.base_model, "test.jsonl")
     if args.prompt or not test.exists():
         return [(question, None) for question in args.prompt or ["What is 17 times 23?"]]
-    return [[message["content"] for message in row["messages"]] for row in read_file(test)[:9]]
+    return [[turn["content"] for turn in row["messages"]] for row in read_file(test)[:9]]
 
 def main():
     args = parse_args()

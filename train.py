@@ -9,37 +9,32 @@
 A row holds {"messages": [{"role": .., "content": ..}, ..]}, or a prompt, question or instruction
 (and input) and a response, answer, completion or output; and perhaps a system prompt and tools.
 Every assistant turn is an example, learnt after what precedes it, unless it has "weight": 0.
---resume goes on from the last checkpoint (on a CPU, to the very same result).
 """
 
 import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 from tqdm.auto import tqdm
-from transformers import AutoConfig
 
-from l2d import (IGNORE, INITS, PATHS, TIMESTEPS, L2D, L2DConfig, diffuse,
-                 diffusion_losses)
+from l2d import CHOICES, IGNORE, L2D, L2DConfig, diffuse, diffusion_losses
 from support import chats, console, processes, tiny
 from support.processes import from_first, rank, world
 
 TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, cond_dim=64,
             max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
-SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "init",
-            "timesteps")
-CHANGEABLE = ("device", "micro_batch_size", "gradient_checkpointing", "shard", "lr", "min_lr",
-              "clip", "eval_every", "save_every")                # by --resume
-FLAG = dict(action=argparse.BooleanOptionalAction, default=False)
+SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "init", "timesteps",
+            "base_checksum")
+CHANGEABLE = {"device", "micro_batch_size", "gradient_checkpointing", "lr", "min_lr", "clip",
+              "eval_every", "save_every"}                        # by --resume
 
 def make_parser(description=__doc__):
     parser = argparse.ArgumentParser(description=description, formatter_class=console.Help,
@@ -50,18 +45,20 @@ def make_parser(description=__doc__):
     add("--label-column", help="column with the class of a row: trains classes, for guidance")
     add("--max-length", type=int, default=2048, help="leave out examples of more tokens")
     add("--validation", type=int, default=512, help="examples held out, a tenth of all at most")
-    add("--keep-going", **FLAG, help="train even if most rows are left out")
+    add("--keep-going", action="store_true", help="train even if most rows are left out")
     add("--out", type=os.path.normpath, help="output folder; None: out/NAME-l2d")
     add("--resume", action="store_true", help="continue the run in --out, or else the last one")
     add = parser.add_argument_group("diffusion path").add_argument
     add("--sigma", type=float, default=64.0, help="noise scale")
     add("--dim", type=int, default=256, help="size of the diffusion state")
     add("--cond-dim", type=int, default=256, help="size of the conditioning vector")
-    add("--path", choices=PATHS, default="lora", help="LoRA, trained copies of layers, or new ones")
+    add("--path", choices=CHOICES["path"], default="lora",
+        help="LoRA, trained copies of layers, or new ones")
     add("--lora-rank", type=int, default=32, help="rank of the updates")
     add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
-    add("--init", choices=INITS, default="paper", help="random, or reading x_t from the start")
-    add("--timesteps", choices=TIMESTEPS, default="uniform", help="how t is drawn")
+    add("--init", choices=CHOICES["init"], default="paper",
+        help="random, or reading x_t from the start")
+    add("--timesteps", choices=CHOICES["timesteps"], default="uniform", help="how t is drawn")
     add = parser.add_argument_group("optimisation (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
     add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")
@@ -76,10 +73,10 @@ def make_parser(description=__doc__):
     add = parser.add_argument_group("running").add_argument
     add("--device", help="cuda, mps or cpu; None: the first of these that is there")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: bfloat16 on cuda")
-    add("--gradient-checkpointing", **FLAG, help="less memory: compute the blocks twice")
-    add("--shard", **FLAG, help="split the base over torchrun's processes, if no GPU can hold it")
+    add("--gradient-checkpointing", action="store_true", help="less memory: blocks run twice")
     add("--eval-every", type=int, default=1000, help="updates between validations")
     add("--save-every", type=int, default=500, help="updates between checkpoints")
+    parser.set_defaults(base_checksum=None)              # no option
     return parser
 
 def parse_args(parser):
@@ -92,63 +89,56 @@ def parse_args(parser):
     elif args.model is None:
         parser.set_defaults(**TINY)
     args = parser.parse_args()
-    for name, value in saved.items():
-        new = getattr(args, name)
-        if new != value and name not in CHANGEABLE:
-            parser.error(f"the run has {name}={value}, so --resume cannot have {new}: leave it out")
+    changed = {name for name in saved if getattr(args, name) != saved[name]} - CHANGEABLE
+    if changed:
+        parser.error(f"--resume keeps the run's own {', '.join(sorted(changed))}: leave it out")
     console.check_numbers(
         parser, vars(args), from_0=("validation", "min_lr", "warmup_steps", "weight_decay"),
         above_0=("batch_size", "micro_batch_size", "max_length", "max_steps", "epochs", "lr",
                  "clip", "eval_every", "save_every"))
     return args
 
-def path_config(args, class_names=()):
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    return L2DConfig(base_model=args.model, class_names=class_names, **settings)
-
 def make_path(args, base, class_names):
-    model = L2D(path_config(args, class_names), base).train()
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    model = L2D(L2DConfig(base_model=args.model, class_names=class_names, **settings), base).train()
     model.path.gradient_checkpointing = args.gradient_checkpointing
+    args.base_checksum = model.config.base_checksum      # --resume asks for the very same weights
     return model
 
 def build(args, make_model):
-    """(model, tokenizer, training examples, held-out examples). Whatever may be wrong with options,
-    base, checkpoint and memory shows before the chats are read, which may take long."""
-    lm = console.load(AutoConfig, args.model)
-    path_config(args).check_base(lm)
-    tokenizer = console.load_tokenizer(args.model, lm.vocab_size)
-    from_first(lambda: bool(read_checkpoint(args)))      # all others read it when it is needed
+    """(model, tokenizer, training examples, held-out examples, checkpoint). Whatever may be wrong
+    with options, base, checkpoint and memory shows before the chats are read, which may take
+    long."""
+    file = Path(args.out, "checkpoint.safetensors")
+    checkpoint = console.load_tensors(file) if file.exists() else None
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    base = console.load_base(args.model, dtype=getattr(torch, dtype))
+    base = console.load_base(args.model, dtype=getattr(torch, dtype)).to(args.device)
+    tokenizer = console.load_tokenizer(args.model, base.config.vocab_size)
     if base.num_parameters() < 10_000_000:
         torch.set_num_threads(1)                         # more would only wait for each other
-    if args.shard:
-        base = processes.sharded(base, args.device)
-    base = base.to(args.device)
 
     def make(class_names=()):
         torch.manual_seed(args.seed)
         return make_model(args, base, class_names)
-    model, max_length = make(), min(args.max_length, lm.max_position_embeddings)
+    model, max_length = make(), min(args.max_length, base.config.max_position_embeddings)
     try_largest(model, args, max_length)
     data, held_out = chats.load_data(
         args.data, tokenizer, max_length, args.label_column, args.validation,
         base.generation_config.eos_token_id, args.keep_going)
-    class_names = sorted({*chats.column(data, "label")} - {None})
+    class_names = sorted({*data["label"][:]} - {None})
     if class_names and isinstance(model, L2D):
         model = make(class_names)
-    return model, tokenizer, data, held_out
+    return model, tokenizer, data, held_out, checkpoint
 
 def try_largest(model, args, max_length):
     """A pass over the largest micro-batch there can be: if it does not fit into memory, that shows
     now. AdamW's state, two numbers for each parameter, has its place set aside meanwhile."""
+    state = [torch.empty_like(p) for p in model.path.parameters() for _ in range(2)]
     example = {"input_ids": [0] * max_length, "answer": 1, "label": None}
-    n, parameters = min(args.micro_batch_size, args.batch_size // world()), model.path.parameters()
-    state = [torch.empty_like(p) for p in parameters for _ in range(2)]
-    inputs = collate([(example, seed) for seed in range(n)], model)
-    model(**inputs, num_items_in_batch=1).loss.backward()
+    pairs = [(example, seed) for seed in range(min(args.micro_batch_size, args.batch_size))]
+    model(**collate(pairs, model), num_items_in_batch=1).loss.backward()
     model.zero_grad()
-    state.clear()
+    del state
 
 def cost(pairs):
     """About what a micro-batch of (example, seed) pairs costs, its padding included: a token of an
@@ -160,24 +150,17 @@ def cost(pairs):
 def cut(pairs, most):
     """Pairs as micro-batches of similar lengths: `most` in each, fewer where padding would be more
     than a tenth of the cost."""
-    found = []
+    found = [[]]
     for pair in sorted(pairs, key=lambda pair: cost([pair]), reverse=True):
-        longer = [*found[-1], pair] if found else []
-        if 0 < len(longer) <= most and cost(longer) <= 1.1 * sum(cost([p]) for p in longer):
-            found[-1] = longer
-        else:
-            found.append([pair])
+        longer = [*found[-1], pair]
+        fits = len(longer) <= most and cost(longer) <= 1.1 * sum(cost([p]) for p in longer)
+        found[-1:] = [longer] if fits else [found[-1], [pair]]
     return found
 
 def micro_batches(batch, args, model):
     """This process' share of (example, seed) pairs as the model's inputs, some at a time."""
-    shares = processes.shares(batch, cost=lambda pair: cost([pair]))
-    cuts = [cut(share, args.micro_batch_size) for share in shares]
-    mine, most = cuts[rank()], max(map(len, cuts))
-    while len(mine) < most:                              # --shard: as many in every process
-        largest = mine.pop(max(range(len(mine)), key=lambda i: len(mine[i])))
-        mine += [largest[:1], largest[1:]]
-    for pairs in mine:
+    mine = processes.shares(batch, cost=lambda pair: cost([pair]))[rank()]
+    for pairs in cut(mine, args.micro_batch_size):
         yield collate(pairs, model)
 
 def collate(pairs, model):
@@ -194,8 +177,7 @@ def collate(pairs, model):
         labels[row, e["answer"]:n] = ids[row, e["answer"]:n]
     inputs = dict(input_ids=ids, labels=labels, attention_mask=mask, seeds=torch.tensor(seeds))
     if names := model.config.class_names:                # the last number: none of these
-        numbers = {name: number for number, name in enumerate(names)}
-        found = [numbers.get(e["label"], len(names)) for e in examples]
+        found = [[*names, e["label"]].index(e["label"]) for e in examples]
         inputs["class_ids"] = torch.tensor(found)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
@@ -214,9 +196,9 @@ def update(step, model, optimizer, data, args):
         part = model(**inputs, num_items_in_batch=answers).loss
         part.backward()
         loss += part.detach()
-    processes.add_gradients(parameters)
-    loss = processes.total(loss).item()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+    for tensor in (loss, *(p.grad for p in parameters)):
+        processes.total(tensor)
+    loss, norm = loss.item(), torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step + 1}: go on "
                                  f"from the last checkpoint with --resume --lr {args.lr / 2:g}")
@@ -246,117 +228,96 @@ def score(model, inputs):
     return *diffusion_losses(model.path, context, targets), hits
 
 def answer(model, example, tokenizer):
-    """What the model answers to the prompt of an example, with 48 tokens at most: {"question": the
-    end of the prompt, "right": .., "answer": ..}."""
+    """The end of an example's prompt, the right answer, and the model's: 48 tokens at most."""
     ids, begin, inputs = example["input_ids"], example["answer"], collate([(example, 0)], model)
-    rows = {name: inputs[name] for name in ("seeds", "class_ids") if name in inputs}
+    del inputs["labels"]
+    inputs |= {name: inputs[name][:, :begin] for name in ("input_ids", "attention_mask")}
     end = tokenizer.eos_token_id
-    made = model.generate(inputs["input_ids"][:, :begin], do_sample=False, eos_token_id=end,
-                          max_new_tokens=min(48, len(ids) - begin), pad_token_id=end,
-                          attention_mask=inputs["attention_mask"][:, :begin], **rows)
-    texts = {"question": ids[max(0, begin - 48):begin], "right": ids[begin:begin + 48],
-             "answer": made[0, begin:].tolist()}
-    return {name: tokenizer.decode(text, skip_special_tokens=True) for name, text in texts.items()}
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=min(48, len(ids) - begin),
+                          eos_token_id=end, pad_token_id=end)[0]
+    texts = [ids[max(0, begin - 48):begin], ids[begin:begin + 48], made[begin:].tolist()]
+    texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
+    return dict(zip(("question", "right", "answer"), texts))
 
 @torch.no_grad()
 def validate(model, data, args, tokenizer, score):
     """The loss, also in five bands of t, how often the most likely token is right, and answers."""
     model.eval()
-    batch = [(example, i) for i, example in enumerate(data)]
-    inputs = tqdm(micro_batches(batch, args, model), "validating", disable=rank() > 0,
-                  leave=False)
-    losses, times, hits = zip(*[score(model, batch) for batch in inputs])
-    first = [data[i] for i in range(min(3, len(data)))]
-    answers = [answer(model, example, tokenizer) for example in first]
+    batches = micro_batches([(example, i) for i, example in enumerate(data)], args, model)
+    batches = tqdm(batches, "validating", disable=rank() > 0, leave=False)
+    losses, times, hits = zip(*[score(model, inputs) for inputs in batches])
+    answers = [answer(model, data[i], tokenizer) for i in range(min(3, len(data)))]
     model.train()
     losses, bands = torch.cat(losses), (5 * torch.cat(times)).long()
-    result = {"examples": len(data) // world() * world(), "val_loss": processes.mean(losses)}
-    result |= {f"t<{(i + 1) / 5:.1f}": processes.mean(losses[bands == i]) for i in range(5)}
-    for T in hits[0]:
-        result[f"accuracy_T{T}"] = processes.mean(torch.cat([right[T] for right in hits]))
-    result = {name: value for name, value in result.items() if not math.isnan(value)}
-    return result | {"answers": answers}
+    figures = {"val_loss": losses}
+    figures |= {f"t<{(i + 1) / 5:.1f}": losses[bands == i] for i in range(5)}
+    figures |= {f"accuracy_T{T}": torch.cat([right[T] for right in hits]) for T in hits[0]}
+    means = {name: processes.mean(values) for name, values in figures.items()}
+    means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    return {"examples": len(data)} | means | {"answers": answers}
 
 def save_checkpoint(step, model, optimizer, args):
-    """All that continues the run after `step` updates, in one file that replaces the last one; and
-    the path so far, to be tried with sample.py."""
-    out, tensors = Path(args.out), {"step": torch.tensor(step)}
-    tensors["log_size"] = torch.tensor((out / "log.jsonl").stat().st_size)
+    """All that continues the run after `step` updates, in one file that replaces the last one."""
+    log_size = os.path.getsize(f"{args.out}/log.jsonl")
+    tensors = {"step": torch.tensor(step), "log_size": torch.tensor(log_size)}
     for name, p in model.path.named_parameters():
-        state = {"path": p.detach(), **optimizer.state[p]}
+        state = {"path": p, **optimizer.state[p]}
         tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
-    console.save_tensors(tensors, out / "checkpoint.safetensors")
-    if isinstance(model, L2D) and step < args.max_steps:
-        model.save_pretrained(out / "so-far")
+    console.save_tensors(tensors, Path(args.out, "checkpoint.safetensors"))
 
-def read_checkpoint(args):
-    """The tensors of the last checkpoint; none before the first. ValueError: it is damaged."""
-    file = Path(args.out) / "checkpoint.safetensors"
-    return console.load_tensors(file) if file.exists() else {}
-
-def load_checkpoint(model, optimizer, args):
-    """Put the last checkpoint into model and optimizer: (updates done, size of the log then)."""
-    tensors = read_checkpoint(args)
-    if not tensors:
+def load_checkpoint(tensors, model, optimizer):
+    """Put a checkpoint into model and optimizer: (updates done, size of the log then)."""
+    if tensors is None:
         return 0, 0
     model.load_path({name[5:]: t for name, t in tensors.items() if name.startswith("path.")})
     for name, p in model.path.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}.{name}" in tensors:               # AdamW counts its steps on the CPU
-                device = "cpu" if key == "step" else p.device
-                optimizer.state[p][key] = tensors[f"{key}.{name}"].to(device)
+            if f"{key}.{name}" not in tensors:
+                raise ValueError(f"checkpoint.safetensors is damaged: it has no {key}.{name}")
+            device = "cpu" if key == "step" else p.device            # AdamW counts on the CPU
+            optimizer.state[p][key] = tensors[f"{key}.{name}"].to(device)
     return tensors["step"].item(), tensors["log_size"].item()
 
 def finish(model, args, kind):
     """The trained model and a card, moved into place. Weights move last: then all is there."""
     out, making = Path(args.out), Path(f"{args.out}.making")
     model.save_pretrained(making)
-    base_model = None if os.path.isdir(args.model) else args.model
-    relation = "adapter" if base_model and kind == "l2d" else None
+    base = None if os.path.isdir(args.model) else args.model
     data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=[kind],
-        base_model=base_model, base_model_relation=relation,
+        library_name="transformers", pipeline_tag="text-generation", tags=[kind], base_model=base,
+        base_model_relation="adapter" if base and kind == "l2d" else None,
         datasets=None if os.path.exists(args.data) else [args.data.split(":")[0]])
-    keys = (*SETTINGS, "max_steps", "batch_size", "lr")
-    settings = ", ".join(f"{key} {getattr(args, key)}" for key in keys)
-    validations = [line for line in open(out / "log.jsonl") if "val_loss" in line]
-    text = (f"# {kind} on {Path(args.model).name}, trained on {Path(args.data).name}\n\n"
-            f"Settings: {settings}\n\nLast validation: {''.join(validations[-1:])}\n")
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(making / "README.md")
+    settings = {name: getattr(args, name) for name in (*SETTINGS, "max_steps", "batch_size", "lr")}
+    lines = [json.loads(line) for line in open(out / "log.jsonl") if "val_loss" in line]
+    found = lines[-1] | {"answers": None} if lines else "none"
+    text = (f"---\n{data.to_yaml()}\n---\n# {kind} on {Path(args.model).name}\n\n"
+            f"Settings: {settings}\n\nLast validation: {found}\n")
+    (making / "README.md").write_text(text, encoding="utf-8")
     for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         os.replace(file, out / file.name)
     making.rmdir()
-    shutil.rmtree(out / "so-far", ignore_errors=True)
-
-def measured(start, tokens, step, data, args):
-    """What every line of the log has: epoch, seconds since start, tokens/s, on a GPU its memory."""
-    seconds, memory = time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
-    line = dict(epoch=step * args.batch_size / len(data), seconds=seconds, memory_gb=memory,
-                tokens_per_s=tokens / seconds)
-    return {name: value for name, value in line.items() if value or name != "memory_gb"}
 
 def train(args, make_model=make_path, kind="l2d", score=score):
     """Train what make_model(args, base, class_names) makes and save it, in a folder named after
     `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C.
     ValueError: options that do not fit the folder, the base, the data or the processes."""
-    processes.check_processes(args)
-    args, resume = argparse.Namespace(**vars(args)), args.resume
-    args.device, args.resume = console.pick_device(args.device), False
-    model, args.model = args.model, args.model or tiny.base_folder(args.seed)
+    args.device = console.pick_device(args.device)
+    args.model = args.model or tiny.base_folder(args.seed)
     args.data = args.data or f"{args.model}/train.jsonl"
     args.out = args.out or f"out/{os.path.basename(os.path.normpath(args.model))}-{kind}"
-    if os.path.isfile(args.out):
-        raise ValueError(f"{args.out} is a file: name a folder with --out")
     with ExitStack() as stack:
         from_first(lambda: stack.enter_context(console.claimed(args.out)))
-        console.check_out(args.out, resume)
-        if model is None:
+        if os.path.exists(f"{args.out}/args.json") and not args.resume:
+            raise ValueError(f"{args.out} already holds a run: --resume, or name another --out")
+        if args.batch_size < world():
+            raise ValueError(f"--batch-size {args.batch_size} is less than {world()} processes")
+        if args.model == tiny.base_folder(args.seed):
             from_first(lambda: tiny.prepare(args.seed))
         run(args, *build(args, make_model), kind, score)
     return args
 
-def run(args, model, tokenizer, data, held_out, kind, score):
-    """Train the model from the last checkpoint on."""
+def run(args, model, tokenizer, data, held_out, checkpoint, kind, score):
+    """Train the model from the checkpoint on, and save it."""
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / args.batch_size)
     if args.warmup_steps is None:
         args.warmup_steps = min(100, args.max_steps // 10)
@@ -366,47 +327,53 @@ def run(args, model, tokenizer, data, held_out, kind, score):
     decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
     no_decay = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decay, no_decay], betas=(0.9, 0.95))
-    step, log_size = load_checkpoint(model, optimizer, args)
+    step, log_size = load_checkpoint(checkpoint, model, optimizer)
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
-    log_file = Path(args.out) / "log.jsonl" if rank() == 0 else os.devnull
-    bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
-    stopped, saved = processes.interrupts(), True
-    validated = sum(chats.column(held_out, "length"))
-
-    def due(every):
-        return step % every == 0 or step == args.max_steps
-    with bar, open(log_file, "a", buffering=1) as log:
-        while True:
-            start = time.perf_counter()
-            # The checkpoint comes first: validation may fail, and --resume begins with it.
-            if due(args.eval_every) and len(held_out) >= world():
-                result = validate(model, held_out, args, tokenizer, score)
-                line = {"step": step} | result | measured(start, validated, step, data, args)
-                print(json.dumps(line), file=log)
-                bar.write(console.summary(line))
-                bar.unpause()                            # for its own estimate of the time left
-            if step == args.max_steps or stopped():
-                break
-            start = time.perf_counter()
-            line = update(step, model, optimizer, data, args)
-            step += 1
-            line |= measured(start, line["tokens"], step, data, args)
-            print(json.dumps(line), file=log)
-            bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s",
-                                refresh=False)
-            saved = due(args.save_every) or due(args.eval_every)
-            if saved:
-                from_first(lambda: save_checkpoint(step, model, optimizer, args))
-    if not saved:
-        from_first(lambda: save_checkpoint(step, model, optimizer, args))
+    log_file = Path(args.out, "log.jsonl") if rank() == 0 else os.devnull
+    with open(log_file, "a", buffering=1) as log:
+        step = loop(step, model, optimizer, data, held_out, tokenizer, args, score, log)
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
         sys.exit(130)
     from_first(lambda: finish(model, args, kind))
+
+def loop(step, model, optimizer, data, held_out, tokenizer, args, score, log):
+    """Updates from `step` on, to the last or until interrupted. Returns how many are done."""
+    bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
+    validated, stop = sum(held_out["length"]), False
+
+    def due(every):
+        return step % every == 0 or step >= args.max_steps
+
+    def note(line, tokens):
+        seconds = time.perf_counter() - start
+        line |= dict(epoch=step * args.batch_size / len(data), seconds=seconds,
+                     tokens_per_s=tokens / seconds, gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
+        print(json.dumps(line), file=log)
+        return line
+    with bar, processes.interrupts() as stopped:
+        while True:
+            start = time.perf_counter()
+            if due(args.eval_every) and len(held_out) >= world():
+                line = {"step": step} | validate(model, held_out, args, tokenizer, score)
+                bar.write(console.summary(note(line, validated)))
+                bar.unpause()                            # for its own estimate of the time left
+            if stop or step >= args.max_steps:
+                return step
+            start = time.perf_counter()
+            line = update(step, model, optimizer, data, args)
+            step += 1
+            note(line, line["tokens"])
+            bar.update()
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s",
+                                refresh=False)
+            stop = stopped()
+            # Before the validation, which may fail: --resume begins with it.
+            if stop or due(args.save_every) or due(args.eval_every):
+                from_first(lambda: save_checkpoint(step, model, optimizer, args))
 
 if __name__ == "__main__":
     with console.console("train.py"), processes.processes():

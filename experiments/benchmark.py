@@ -89,7 +89,7 @@ def read(model, prefixes, first):
         ids[row, S - len(prefix):], mask[row, S - len(prefix):] = torch.tensor(prefix), 1
     ids, mask, cache = ids.to(model.device), mask.to(model.device), DynamicCache()
     places = (mask[:, :-1].cumsum(1) - 1).clamp(min=0)
-    context = model.read(model.kept(ids, 1), ids, mask[:, :-1], places, cache,
+    context = model.read(1, ids, mask[:, :-1], places, cache,
                          seeds=first + torch.arange(B))
 
     @torch.no_grad()

@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from experiments.results import Bench, append_line, interval, is_path
-from l2d import L2D, TABLEAUS, VELOCITIES, check_steps
+from l2d import CHOICES, L2D, TABLEAUS, check_steps
 from support.chats import DATE, dated, read_file
 from support.console import (check_numbers, console, last_run, load_base, load_model,
                              load_tokenizer, pick_device)
@@ -328,7 +328,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of questions, noise and shots (default: 0)")
     add("--steps", type=int, nargs="+", help="T (default: 1 3 7 15 31; with --tasks 1 15)")
     add("--solver", choices=TABLEAUS, help="(default: midpoint)")
-    add("--velocity", choices=VELOCITIES, help="(default: argmax)")
+    add("--velocity", choices=CHOICES["velocity"], help="(default: argmax)")
     add("--t-start", type=float,
         help="where the integration starts (default: 0); T = 1 is then one evaluation on noise")
     add("--t-end", type=float, help="where the integration stops (default: the solver's)")

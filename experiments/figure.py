@@ -4,8 +4,9 @@
     python -m experiments.figure --prompt "<qzbnmxwack" --answer abc --steps 63 --seed 3
 
 Every line is a token that is among the most likely ones at some time. At t = 0 it starts from the
-probability that the base, without diffusion, gives it. --answer puts the beginning of an answer
-before the token; then it is the next one that is shown."""
+probability that the base, without diffusion, gives it. Between the dashed lines the most likely
+token stays the same: there the state moves on a straight line, and one pass evaluates all of it.
+--answer puts the beginning of an answer before the token; then it is the next one that is shown."""
 
 import argparse
 from pathlib import Path
@@ -19,14 +20,15 @@ from support.console import check_numbers, console, last_run, load_model, load_t
 FILE = "experiments/figures/token.png"
 
 def probabilities(model, input_ids, seeds):
-    """The times of the diffusion after input_ids [1, S], and each one's probabilities [T, V]."""
+    """The times of the diffusion after input_ids [1, S], each one's probabilities [T, V], and how
+    many passes of the path it takes."""
     times, shares = [], []
     def observe(x_t, t, logits):
         times.append(float(t))
         shares.append(logits[0, 0].float().softmax(-1))
-    context = model.read(model.kept(input_ids, 1), input_ids, seeds=seeds)
+    context = model.read(1, input_ids, seeds=seeds)
     diffuse(model.current_path(), context, observe=observe)
-    return times, torch.stack(shares)
+    return times, torch.stack(shares), diffuse(model.current_path(), context)[2].item()
 
 def leading(shares):
     """The five tokens whose probability is highest at any time; the answer first."""
@@ -42,6 +44,9 @@ def draw(times, shares, names, title, file):
         axes.plot(0, shares[0, token], marker="D", markersize=9, color=line.get_color(),
                   clip_on=False, zorder=3)
     axes.plot([], [], "D", markersize=8, color="grey", label="the base alone")
+    best = shares.argmax(1)
+    for n in (best[1:] != best[:-1]).nonzero()[:, 0].tolist():
+        axes.axvline((times[n] + times[n + 1]) / 2, color="grey", linestyle="--")
     axes.set(xlabel="t (0: noise, 1: token)", ylabel="probability of the next token", title=title,
              xlim=(0, 1), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
@@ -66,9 +71,9 @@ def main():
     tokenizer = load_tokenizer(folder, model.base.config.vocab_size)
     text = render(tokenizer, [{"role": "user", "content": args.prompt}]) + args.answer
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    times, shares = probabilities(model, ids, torch.tensor([args.seed]))
+    times, shares, passes = probabilities(model, ids, torch.tensor([args.seed]))
     names = {token: repr(tokenizer.decode([token])) for token in leading(shares)}
-    title = f"{args.prompt}  →  {args.answer}_      (T = {args.steps}, seed {args.seed})"
+    title = f"{args.prompt}  →  {args.answer}_     (T = {args.steps} in {passes} passes, seed {args.seed})"
     draw(times, shares, names, title, args.file)
     print(f"drawn: {args.file}; the answer is {next(iter(names.values()))}")
 

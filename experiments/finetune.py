@@ -149,8 +149,6 @@ def main():
     parser.add_argument("--method", choices=("lora", "full"), default="lora",
                         help="train low-rank updates, or every weight")
     args = parse_args(parser)
-    if args.shard:
-        raise ValueError("--shard is for a base that stays as it is, and finetuning changes it")
     args = train(args, make_baseline, args.method, score)
     print(f"saved in {args.out}/; now: python train.py --model {args.out}")
 

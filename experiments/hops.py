@@ -254,7 +254,7 @@ def new_model(method, base):
 
 def read(model, prompts, seeds):
     """The Context of the letters to start from: of the last token of each prompt."""
-    return model.read(model.kept(prompts, 1), prompts, seeds=seeds)
+    return model.read(1, prompts, seeds=seeds)
 
 def update_loss(step, model, method, seed, updates, vocabulary):
     """The loss of one update. What is drawn for it depends on seed and step alone."""

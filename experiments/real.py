@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments.results import USUAL, is_path, read_log, unfinished
-from l2d import IGNORE, INITS, L2D, TIME, L2DConfig, diffuse, initial_noise, uniform
+from l2d import CHOICES, IGNORE, L2D, TIME, L2DConfig, diffuse, initial_noise, uniform
 from support import chats, tiny
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
                              load_tokenizer, pick_device, save_tensors, write_whole)
@@ -489,7 +489,7 @@ def parse_args():
         help="examples per update (default: %(default)s)")
     for name, value in PATH.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value,
-            choices=INITS if name == "init" else None,
+            choices=CHOICES["init"] if name == "init" else None,
             help="of the path (default: the paper's %(default)s)")
     add("--seed", type=int, default=TRAINED["seed"], help="of the training (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")

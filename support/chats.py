@@ -6,6 +6,7 @@ A row is read as messages, the chat template writes them as text, the text becom
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_right
 from collections import Counter
 from datetime import date
@@ -26,20 +27,14 @@ MAGPIE = {"coding": "coding", "math": "math", "data-analysis": "general",
 MESSAGES = ("messages", "conversations", "conversation")
 QUESTION = ("prompt", "question", "instruction")
 ANSWER = ("response", "answer", "completion", "output")
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
-            "system": "system", "tool": "tool"}
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 WEIGHTS = ("weight", "train", "trainable", "loss_mask", "loss")      # 0: context, not learnt
-NO_CHAT = "no messages with role and content, and no question with an answer"
-SEE_HELP = "`python train.py --help` says what a row looks like"
 COLUMNS = {"input_ids": "int32", "answer": "int32", "length": "int32", "label": "string",
            "row": "int64", "notes": "string"}
 LINE = "line of a file"                                  # the only column of a file's rows
 CHUNK = 1000                                             # rows that are encoded together
 DAY = date(2024, 7, 26)                                  # for templates that print today's date
 DATE = DAY.strftime("%d %b %Y")
-FORMATS = "".join(f".replace('%{c}', '{DAY.strftime('%' + c)}')" for c in "aAbBdHIjmMpSuwyY")
-FORMATS += f".replace('%-d', '{DAY.day}').replace('%-m', '{DAY.month}')"
-CLOCK = "{% macro strftime_now(format) %}{{ format" + FORMATS + " }}{% endmacro %}\n"
 
 def parse(text):
     """The value of a text in JSON, or the text itself."""
@@ -48,69 +43,61 @@ def parse(text):
     except (ValueError, RecursionError):
         return text
 
-def digest(file):
-    """A checksum of a file. ValueError: it is not UTF-8."""
-    found = hashlib.blake2b(digest_size=16)
+def read_lines(file):
+    """The lines of a text file. ValueError: it is not UTF-8."""
     with open(file, "rb") as data:
         for number, line in enumerate(data, start=1):
-            found.update(line)
             try:
-                line.decode()
+                yield line.decode().removeprefix("\ufeff")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file}, line {number}, byte {error.start + 1}: {error.reason} "
                                  f"{line[error.start]:#x}: save the file as UTF-8") from None
+
+def digest(file):
+    """A checksum of a text file. ValueError: it is not UTF-8."""
+    found = hashlib.blake2b()
+    for line in read_lines(file):
+        found.update(line.encode())
     return found.hexdigest()
 
-def lines(file, stamp=None):
+def json_rows(file, stamp=None):
     """The rows of a file, still in JSON: its lines, or the items of the list that it holds."""
-    with open(file, encoding="utf-8-sig") as text:
-        array = next(filter(str.strip, text), "").lstrip().startswith("[")
-        text.seek(0)
-        whole = parse(text.read()) if array else None
-        text.seek(0)
-        for line in map(json.dumps, whole) if isinstance(whole, list) else text:
-            if line.strip():
-                yield {LINE: line}
+    start = next(filter(str.strip, read_lines(file)), "")
+    whole = parse("".join(read_lines(file))) if start.lstrip().startswith("[") else None
+    for row in map(json.dumps, whole) if isinstance(whole, list) else read_lines(file):
+        if row.strip():
+            yield {LINE: row}
 
 def read_file(file):
     """The rows of a .jsonl or .json file; one that is not JSON stays a text."""
-    digest(file)
-    return [parse(row[LINE]) for row in lines(file)]
+    return [parse(row[LINE]) for row in json_rows(file)]
 
 def read_rows(data):
-    """(training rows, validation rows or None), on disk."""
+    """The rows of `data` (see load_data), on disk."""
     import datasets                                      # takes a second
-    if data == "smoltalk":
-        return tuple(datasets.concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK])
-                     for split in ("train", "test"))
+    name, subset, split = (data.split(":") + ["", ""])[:3]
+    if name == "smoltalk":
+        return datasets.concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK])
     if data.endswith((".jsonl", ".json")):
         stamp = digest(data) + digest(__file__)          # other content or code: other rows
-        if next(lines(data), None) is None:
-            raise ValueError(f"no usable row in {data}: it is empty; {SEE_HELP}")
         with loading("data", data):
             return datasets.Dataset.from_generator(
-                lines, datasets.Features({LINE: datasets.Value("large_string")}),
-                gen_kwargs={"file": data, "stamp": stamp}), None
-    if os.path.isfile(data):
-        raise ValueError(f"{data} must be a .jsonl file, with a JSON object in every line")
-    name, subset, split = (data.split(":") + ["", ""])[:3]
-    return hub_rows(name, subset or None, split or "train"), None
-
-def hub_rows(name, subset, split):
-    from datasets import load_dataset
+                json_rows, datasets.Features({LINE: datasets.Value("large_string")}),
+                gen_kwargs={"file": data, "stamp": stamp})
     with loading("data", f"{name!r} (no .jsonl file, so a hub data set, NAME:SUBSET:SPLIT)"):
-        return load_dataset(name, subset, split=split)
+        return datasets.load_dataset(name, subset or None, split=split or "train")
 
 def smoltalk(subset, split):
     """One of the paper's subsets (B.1), with the class (Table 5) in the column `label`."""
-    rows, label = hub_rows("HuggingFaceTB/smoltalk", subset, split), SMOLTALK[subset]
+    rows, label = read_rows(f"HuggingFaceTB/smoltalk:{subset}:{split}"), SMOLTALK[subset]
     labels = [label] * len(rows) if label else [MAGPIE.get(kind) for kind in rows["category"]]
     rows = rows.select_columns("messages").add_column("label", labels)
     return rows.select([number for number, label in enumerate(labels) if label])
 
 def dated(template):
-    """A chat template with a clock that stands still; the library lets no function be passed."""
-    return CLOCK + template if "strftime_now" in template else template
+    """A chat template with today's date fixed; the library lets no clock be passed."""
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""",
+                  lambda call: repr(DAY.strftime(call[2])), template)
 
 def render(tokenizer, messages, answer=False, tools=None):
     """Messages in the chat template; without `answer`, up to where the assistant is to speak."""
@@ -134,9 +121,8 @@ def read_message(message):
     """(message, whether it is learnt)"""
     message = {key: value for key, value in message.items() if value not in (None, [])}
     if "from" in message:
-        if message["from"] not in SPEAKERS:
-            raise ValueError(f"{message['from']!r} speaks, which is none of {', '.join(SPEAKERS)}")
-        message["role"], message["content"] = SPEAKERS[message.pop("from")], message.pop("value")
+        speaker, message["content"] = message.pop("from"), message.pop("value")
+        message["role"] = SPEAKERS.get(speaker, speaker)
     calls, assistant = message.get("tool_calls", []), message["role"] == "assistant"
     for function in [call.get("function", call) for call in calls]:
         if isinstance(function.get("arguments"), str):   # templates write them as JSON
@@ -174,48 +160,35 @@ def read_chat(row, label_column, notes):
         learnt.insert(0, False)
     tools = row.pop("tools", None)
     tools = parse(tools) if isinstance(tools, str) else tools
-    if not isinstance(tools, (list, type(None))):
-        raise ValueError(f"tools {tools!r:.40} are no list")
     for name in row:
         notes[f"rows with a column {name!r} that is not used"] += 1
     context = sum(message["role"] == "assistant" for message in messages) - sum(learnt)
     notes["turns that are context only (of weight 0, or empty)"] += context
+    str(label).encode()                                  # a UnicodeError: half a character
     return messages, learnt, tools, None if label is None else str(label)
 
 def find_turns(messages, learnt, tools, tokenizer, notes):
     """[(text, where an answer starts in it, where it ends), ..], counted in characters. Turns share
     a text unless the template changes what precedes, as by dropping earlier thoughts."""
-    found = []
+    template, found = re.findall(r"\w+", tokenizer.get_chat_template(tools=tools)), []
+    keys = {key for message in messages for key in message} | ({"tools"} if tools else set())
+    for key in keys - {"role", "content", *template}:
+        notes[f"rows with {key!r} that is not used by the chat template"] += 1
     for k in [k for k, wanted in enumerate(learnt) if wanted][::-1]:
         try:
             if k == 0:
                 raise ValueError("nothing precedes the answer")
+            if "tool_calls" in messages[k] and "tool_calls" not in template:
+                raise ValueError("the chat template writes no tool_calls")
             prompt = render(tokenizer, messages[:k], tools=tools)
             whole = render(tokenizer, messages[:k + 1], answer=True, tools=tools)
             if not whole.startswith(prompt) or whole == prompt:
                 raise ValueError("the chat template does not continue its own prompt")
+            shared = found and found[-1][0].startswith(whole)
+            found.append((found[-1][0] if shared else whole, len(prompt), len(whole)))
         except ValueError as error:
             notes[f"turns left out: {one_line(error, 200)}"] += 1
-            continue
-        if not found:
-            find_unused(messages[:k + 1], tools, whole, tokenizer, notes)
-        shared = found and found[-1][0].startswith(whole)
-        found.append((found[-1][0] if shared else whole, len(prompt), len(whole)))
     return found[::-1]
-
-def find_unused(messages, tools, text, tokenizer, notes):
-    """Note the keys, and tools, without which the text is the same. ValueError: so are calls."""
-    keys = {key for message in messages for key in message} - {"role", "content"}
-    for key in sorted(keys | ({"tools"} if tools else set())):
-        fewer = [{k: v for k, v in message.items() if k != key} for message in messages]
-        try:
-            same = render(tokenizer, fewer, True, tools if key != "tools" else None) == text
-        except ValueError:
-            continue
-        if same and key == "tool_calls":
-            raise ValueError("the chat template writes no tool_calls")
-        if same:
-            notes[f"rows with {key!r} that is not used by the chat template"] += 1
 
 def tokenize(tokenizer, texts):
     """{text: (token ids, where each ends in the text)}"""
@@ -225,7 +198,7 @@ def tokenize(tokenizer, texts):
 def encode(rows, tokenizer, max_length, label_column=None, stops=(), first=0):
     """(examples {"input_ids", "answer": where it starts, "length", "label", "row": its number},
     notes). An answer ends with its last eos, or another of `stops`, or else eos is added."""
-    notes, found, examples = Counter(), [], []
+    notes, found, examples, eos = Counter(), [], [], tokenizer.eos_token_id
     for number, row in enumerate(rows, start=first):
         try:
             *chat, label = read_chat(row, label_column, notes)
@@ -233,9 +206,9 @@ def encode(rows, tokenizer, max_length, label_column=None, stops=(), first=0):
         except ValueError as error:
             notes[f"rows left out: {one_line(error, 200)}"] += 1
         except (AttributeError, LookupError, TypeError):
-            notes[f"rows left out: {NO_CHAT}"] += 1
+            notes["rows left out: no messages with role and content, or question and answer"] += 1
     tokens = tokenize(tokenizer, list(dict.fromkeys(text for text, *_ in found)))
-    eos, special = tokenizer.eos_token_id, set(tokenizer.added_tokens_decoder)
+    special = set(tokenizer.added_tokens_decoder)
     for text, start, end, label, number in found:
         ids, ends = tokens[text]
         answer, stop = bisect_right(ends, start), bisect_right(ends, end)
@@ -249,7 +222,9 @@ def encode(rows, tokenizer, max_length, label_column=None, stops=(), first=0):
         elif not {*stops} & {*ids[answer:]}:
             ids = [*ids, eos]
             notes[f"turns without a stop token, to which {tokenizer.eos_token} is added"] += 1
-        if len(ids) > max_length:
+        if answer == 0:
+            notes["turns left out: no token precedes the answer"] += 1
+        elif len(ids) > max_length:
             notes[f"turns left out: longer than {max_length} tokens"] += 1
         else:
             examples.append(dict(input_ids=ids, answer=answer, length=len(ids), label=label,
@@ -288,52 +263,39 @@ def report(data, n, used, turns, notes, keep_going):
         print(f"  {note}: {notes[note]:,}")
     reasons = "; ".join(note for note, _ in notes.most_common() if "left out" in note)
     if not turns:
-        raise ValueError(f"no usable row in {data}, of {n:,} rows ({reasons}); {SEE_HELP}")
+        raise ValueError(f"no usable row in {data}, of {n:,} rows ({reasons}); "
+                         "`python train.py --help` says what a row looks like")
     if 2 * used < n and not keep_going:
         raise ValueError(f"only {used:,} of the {n:,} rows of {data} can be learnt ({reasons}): "
                          "mend the others, or train without them with --keep-going")
 
-def load_examples(rows, data, tokenizer, keep_going=False, **options):
-    """The examples of all rows, as a Dataset in the order of a permutation of the rows. ValueError:
-    less than half of the rows are usable, or none has a label."""
-    found, order = encode_all(rows, tokenizer, **options), np.empty(len(rows), dtype=int)
-    order[permutation(len(rows), 0)] = np.arange(len(rows))
-    length, row = (found.data.column(name).to_numpy() for name in ("length", "row"))
-    index = np.flatnonzero(length)
-    index = index[np.argsort(order[row[index]], kind="stable")]
-    notes = Counter()
-    for text in found.data.column("notes").take(np.flatnonzero(length == 0)).to_pylist():
-        notes.update(json.loads(text))
-    report(data, len(rows), len(np.unique(row[index])), len(index), notes, keep_going)
-    examples, label = found.remove_columns("notes").select(index), options["label_column"]
-    if label and not any(column(examples, "label")):
-        first = rows[int(row[index[0]])]
-        columns = ", ".join(parse(first[LINE]) if LINE in first else first)
-        raise ValueError(f"no row of {data} has a label in {label!r}, but in {columns}")
-    return examples
-
-def column(examples, name):
-    """One value of all examples, without reading the others."""
-    return examples.select_columns(name)[:][name]
-
 def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512, stops=None,
               keep_going=False):
     """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
-    "smoltalk". Held out are `validation`, a tenth of all at most, and no other turn of their chats
-    is learnt. `stops` are the ids of tokens, beside eos, that end an answer: one, a list or None.
-    ValueError: no row is usable, or less than half of them and not `keep_going`."""
+    "smoltalk", in the order of a permutation of the rows. Held out are `validation`, a tenth of all
+    at most, and no other turn of their chats is learnt. `stops` are the ids of tokens, beside eos,
+    that end an answer: one, a list or None. ValueError: no row is usable, less than half of them
+    and not `keep_going`, or none has a label."""
+    if data == "smoltalk":                               # it has a split for validation
+        train, test = (load_data(f"smoltalk::{split}", tokenizer, max_length, label_column, 0,
+                                 stops, keep_going)[0] for split in ("train", "test"))
+        return train, test.select(range(min(validation, len(test))))
     stops = [] if stops is None else np.ravel(stops).tolist()
     options = dict(max_length=max_length, label_column=label_column, stops=stops)
     if world() > 1:                                      # the others find the first one's cache
-        from_first(lambda: [encode_all(part, tokenizer, **options)
-                            for part in read_rows(data) if part] and None)
-    rows, test = read_rows(data)
-    examples = load_examples(rows, data, tokenizer, keep_going, **options)
-    if test is not None:
-        held_out = load_examples(test, data + " (test)", tokenizer, keep_going, **options)
-        return examples, held_out.select(range(min(validation, len(held_out))))
-    n = min(validation, len(examples) // 10)
-    chats = np.array(column(examples, "row"))
+        from_first(lambda: encode_all(read_rows(data), tokenizer, **options) and None)
+    rows = read_rows(data)
+    found, place = encode_all(rows, tokenizer, **options), np.argsort(permutation(len(rows), 0))
+    length, row = (found.data.column(name).to_numpy() for name in ("length", "row"))
+    index, notes = np.flatnonzero(length), Counter()
+    index = index[np.argsort(place[row[index]], kind="stable")]
+    for text in found.data.column("notes").take(np.flatnonzero(length == 0)).to_pylist():
+        notes.update(json.loads(text))
+    chats, n = row[index], min(validation, len(index) // 10)
+    report(data, len(rows), len(np.unique(chats)), len(index), notes, keep_going)
+    examples = found.remove_columns("notes").select(index)
+    if label_column and not any(examples["label"]):
+        raise ValueError(f"no row of {data} has a label in {label_column!r}")
     learnt = n + np.flatnonzero(~np.isin(chats[n:], chats[:n]))
     return examples.select(learnt), examples.select(range(n))
 

@@ -10,14 +10,13 @@ import socket
 import sys
 import textwrap
 import time
-import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
 import safetensors.torch
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from l2d import L2D
@@ -28,20 +27,22 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 @contextmanager
 def console(script):
     """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")     # it may be closed
     sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
     logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
-    downloads = not are_progress_bars_disabled()
     logging.disable_progress_bar()                       # of loading, but also of downloads:
-    if downloads:
-        enable_progress_bars()
+    huggingface_hub.utils.enable_progress_bars()
     try:
         yield
     except KeyboardInterrupt:
         print("stopped")
         sys.exit(130)
-    except (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        if os.environ.get("L2D_TRACEBACK"):
+    except Exception as error:
+        known = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError,
+                 safetensors.SafetensorError)
+        plain = isinstance(error, known) or type(error) is Exception     # of tokenizers
+        if os.environ.get("L2D_TRACEBACK") or not plain:
             raise
         line = f"{script}: error: {one_line(error)}{remedy(error)}"
         if "TORCHELASTIC_ERROR_FILE" in os.environ:      # torchrun ends with what is in there
@@ -64,7 +65,7 @@ def remedy(error):
         return ": use a smaller --micro-batch-size, or --gradient-checkpointing"
     if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
         return ": another process of this run has ended. Continue with --resume, on any number"
-    if getattr(error, "errno", None) == errno.ENOSPC:
+    if os.strerror(errno.ENOSPC) in str(error):
         return ": make room, then start again (train.py: with --resume)"
     return " (L2D_TRACEBACK=1 shows where)" if isinstance(error, RuntimeError) else ""
 
@@ -77,8 +78,6 @@ def loading(what, name):
         text = one_line(error, 600)
         if not isinstance(error, (OSError, ValueError)):
             text += "; it may be damaged: save or fetch it again"
-        elif isinstance(error, OSError) and huggingface_hub.constants.HF_HUB_OFFLINE:
-            text += "; HF_HUB_OFFLINE is set: unset it, or give a local copy"
         raise OSError(f"no {what} can be loaded from {name}: {text}") from None
 
 def load(kind, name, **kwargs):
@@ -126,13 +125,13 @@ def check_numbers(parser, args, above_0=(), from_0=()):
     """parser.error about the first number, or number of a list, out of its range. None is fine."""
     def check(names, rule, good):
         for name in names:
-            values = args[name] if isinstance(args[name], list) else [args[name]]
-            for value in values:
-                if value is not None and not (isinstance(value, (int, float)) and good(value)):
+            for value in args[name] if isinstance(args[name], list) else [args[name]]:
+                number = isinstance(value, (int, float))
+                if value is not None and not (number and good(value)):
                     parser.error(f"--{name.replace('_', '-')} {value!r} must be {rule}")
     check(above_0, "above 0", lambda value: 0 < value < math.inf)
     check(from_0, "0 or more", lambda value: 0 <= value < math.inf)
-    seeds = [name for name in ("seed", "seeds") if name in args]
+    seeds = {"seed", "seeds"} & args.keys()
     check(seeds, f"in 0..{2**22 - 1}", lambda value: 0 <= value < 2**22)
 
 def write_whole(file, write):
@@ -149,76 +148,42 @@ def write_whole(file, write):
         raise OSError(f"{file} cannot be written ({one_line(error)}); the one before is untouched: "
                       "make room or change the rights, then continue with --resume") from None
 
-def checksum(tensors):
-    """CRC-32 of names, types, shapes and bytes."""
-    crc = 0
-    for name, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
-    return torch.tensor(crc)
-
 def save_tensors(tensors, file):
-    """safetensors with a checksum: no run continues from bits that have flipped on the disk."""
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    tensors["checksum"] = checksum(tensors)
     write_whole(file, lambda making: safetensors.torch.save_file(tensors, making))
 
 def load_tensors(file):
     """What `save_tensors` wrote (the format runs no code). ValueError: the file is damaged."""
     try:
-        tensors = safetensors.torch.load(Path(file).read_bytes())
-        if tensors.pop("checksum") == checksum(tensors):
-            return tensors
-    except OSError as error:
-        raise OSError(f"{file} cannot be read ({one_line(error)}): put back a copy") from None
-    except (safetensors.SafetensorError, LookupError, RuntimeError, ValueError):
-        pass
-    raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at step 0")
-
-def lock(file):
-    """OSError: another process has locked the open file. The system unlocks it when we end."""
-    if os.name == "nt":
-        import msvcrt
-        file.seek(2**20)                                 # beyond the text, which others read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return safetensors.torch.load(Path(file).read_bytes())
+    except safetensors.SafetensorError:
+        raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at "
+                         "step 0") from None
 
 @contextmanager
 def claimed(folder):
-    """Around all that is written into a folder: it has one writer. The claim is a lock on the file
-    FOLDER/claim. The system takes locks back however a process ends, so a claim that kill -9 left
-    is nobody's. NFS locks hold between machines; where the file system has none, a warning is all.
-    ValueError: it is claimed; names the process and its machine."""
-    file, new = Path(folder) / "claim", not os.path.exists(folder)
-    while True:
-        os.makedirs(folder, exist_ok=True)
-        claim = open(file, "a+", encoding="utf-8")
-        try:
-            lock(claim)
-        except (BlockingIOError, PermissionError):
-            claim.seek(0)
-            raise ValueError(f"{folder} is in use by {claim.read() or 'another process'}: wait for "
-                             "its end, or name another folder with --out") from None
-        except OSError as error:
-            print(f"{folder} cannot be locked ({one_line(error)}): let no other run write there")
-        with suppress(OSError):                          # else its owner has just removed it
-            if os.path.samestat(os.stat(file), os.fstat(claim.fileno())):
-                break
-        claim.close()
-    claim.truncate(0)
-    claim.write(f"process {os.getpid()} on {socket.gethostname()}")
-    claim.flush()
+    """Around all that is written into a folder: it has one writer, who holds a lock on the file
+    FOLDER.lock. The system takes locks back however a process ends, so one that kill -9 left is
+    free. ValueError: it is claimed; names the process and its machine. OSError: no locks here."""
+    lock, owner = FileLock(f"{folder}.lock"), Path(f"{folder}.owner")
+    os.makedirs(owner.parent, exist_ok=True)
     try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        who = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(f"{folder} is in use by {who}: wait for its end, or name another folder "
+                         "with --out") from None
+    except (OSError, NotImplementedError) as error:
+        raise OSError(f"{folder} cannot be locked ({one_line(error)}): name another folder "
+                      "with --out") from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         with suppress(OSError):                          # (Windows keeps files that are open)
-            file.unlink()
-        claim.close()
-        with suppress(OSError):                          # it holds something
-            if new:
-                os.rmdir(folder)
+            owner.unlink()
+            os.unlink(lock.lock_file)
+        lock.release()
 
 def last_run(filename, containing=""):
     """The folder in out/ whose text file `filename`, with `containing` in it, is the newest. What
@@ -229,22 +194,14 @@ def last_run(filename, containing=""):
         raise OSError("there is no run in out/ yet: start one with train.py, or name it with --out")
     return max(found, key=os.path.getmtime).parent
 
-def check_out(out, resume):
-    """ValueError: the output folder holds a run that is not to be resumed."""
-    if not resume and os.path.exists(f"{out}/args.json"):
-        raise ValueError(f"{out} already holds a run: --resume, or name a new folder with --out")
-
 def load_options(folder, names):
-    """The options of a run. ValueError: there is none, or they are not `names`."""
-    file = Path(folder) / "args.json"
-    if not file.exists():
-        raise ValueError(f"{folder} holds no run to resume: start one without --resume")
-    try:
+    """The options of a run. ValueError: there are none, or they are not `names`."""
+    file, options = Path(folder, "args.json"), {}
+    with suppress(OSError, TypeError, ValueError):
         options = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError):
-        options = {}
     if options.keys() != names:
-        raise ValueError(f"{file} is damaged, or of another script: put back a copy or start anew")
+        raise ValueError(f"{file} does not hold the options of a run of this script: put back a "
+                         "copy, or start anew without --resume")
     return options
 
 def summary(line):
@@ -256,11 +213,9 @@ def summary(line):
 
 def prepare_out(args, tokenizer, log_size):
     """The output folder: options, tokenizer, and the log as long as at the last checkpoint."""
-    out = Path(args.out)
+    out, options = Path(args.out), json.dumps(vars(args), indent=2)
     out.mkdir(parents=True, exist_ok=True)
-    options = json.dumps(vars(args), indent=2)
     write_whole(out / "args.json", lambda making: making.write_text(options, encoding="utf-8"))
-    for folder in (out, out / "so-far"):
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(out)
     with open(out / "log.jsonl", "ab") as log:           # without updates that a kill has undone
         log.truncate(min(log_size, log.tell()))

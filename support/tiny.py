@@ -11,7 +11,6 @@ out (but no facts, which cannot be guessed). Guidance is measured on `hidden`.""
 import json
 import os
 import random
-import shutil
 import string
 import zlib
 from pathlib import Path
@@ -88,15 +87,20 @@ def encode(rows, tokenizer):
     answer = (begin.cumsum(1) > begin) & (ids != tokenizer.pad_token_id)
     return ids, ids.masked_fill(~answer, -100)
 
+def sampled_accuracy(model, ids, labels):
+    """The mean probability of the right answer."""
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].transpose(1, 2)
+    losses = F.cross_entropy(logits, labels[:, 1:], reduction="none").sum(1)
+    return losses.neg().exp().mean().item()
+
 def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     """Plain training, stopped half-taught: when sampled accuracy on fresh questions is `until`."""
     torch.manual_seed(seed)
     model = make_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    test = questions(600, seed=-1, test=True, kinds=LABELS, shares=None)
-    test_ids, test_labels = encode(test, tokenizer)
-    bar = tqdm(range(max_steps), desc=f"training the tiny base until it answers {until:.0%}")
-    for step in bar:
+    test = encode(questions(600, seed=-1, test=True, kinds=LABELS, shares=None), tokenizer)
+    for step in tqdm(range(max_steps), desc=f"training the tiny base until it answers {until:.0%}"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 50)
         rows = questions(batch, seed=seed * 1_000_003 + step)
         rows.sort(key=lambda row: len(row["messages"][0]["content"]))        # for less padding
@@ -107,21 +111,13 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 25 == 24:
-            with torch.no_grad():
-                logits = model(test_ids).logits[:, :-1].transpose(1, 2)
-            losses = F.cross_entropy(logits, test_labels[:, 1:], reduction="none").sum(1)
-            accuracy = losses.neg().exp().mean().item()  # mean probability of the right answer
-            bar.set_postfix_str(f"sampled accuracy {accuracy:.1%}")
-            if accuracy >= until:
-                break
-    bar.close()
+        if step % 25 == 24 and sampled_accuracy(model, *test) >= until:
+            break
     return model.eval()
 
 def save(folder, model, tokenizer, **files):
     """A checkpoint folder with data beside it (name -> rows of NAME.jsonl), moved into place."""
     making = folder.with_name(folder.name + ".making")
-    shutil.rmtree(making, ignore_errors=True)
     model.save_pretrained(making)
     tokenizer.save_pretrained(making)
     for name, rows in files.items():
@@ -132,17 +128,14 @@ def base_folder(seed):
     return f"out/tiny-base-{seed}" if seed else "out/tiny-base"
 
 def prepare(seed=0):
-    """The folder of base, tokenizer, train.jsonl and test.jsonl; they are made if not there."""
+    """Make the folder of base, tokenizer, train.jsonl and test.jsonl, if it is not there."""
     folder = Path(base_folder(seed))
     torch.set_num_threads(1)                             # threads would only wait for each other
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         print(f"tiny base: {folder} (made earlier; delete the folder to make it again)")
-        return str(folder)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there, but holds no model: delete it, or move it away")
+        return
     tokenizer = make_tokenizer()
     model = train_base(tokenizer, seed)
     test = questions(1_020, seed="test", test=True, kinds=LABELS, shares=None)
     save(folder, model, tokenizer, train=questions(64_000, seed=f"train {seed}"), test=test)
     print(f"tiny base: {folder} ({model.num_parameters():,} parameters)")
-    return str(folder)

@@ -245,21 +245,14 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def test_an_upload_is_the_path_its_code_and_its_card(world):
-    """Against a stand-in for the hub on the loopback. A base in a local folder is refused."""
+    """`hf upload`, against a stand-in for the hub on the loopback. (`push_to_hub` would leave the card behind.)"""
     (world / "path/README.md").write_text("---\nbase_model: some/base\nbase_model_relation: adapter\n---\nours\n")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    fresh(world, """
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path", trust_remote_code=True)
-try:
-    model.push_to_hub("me/mine", token="hf_x")
-except ValueError as error:
-    assert "is not on the hub" in str(error)
-else:
-    raise AssertionError("an upload that nobody can load")
-model.config.base_model = "some/base"
-model.push_to_hub("me/mine", token="hf_x")
-""", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0")
+    fresh(world, "-m", "huggingface_hub.cli.hf", "upload", "me/mine", "path",
+          HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HUB_OFFLINE="0", HF_TOKEN="hf_x")
     server.shutdown()
-    assert Hub.commits == [{"config.json", "generation_config.json", "l2d.py", "model.safetensors", "README.md"}]
+    assert Hub.commits == [{file.name for file in (world / "path").iterdir()}]
+    assert {"config.json", "l2d.py", "model.safetensors", "README.md"} <= Hub.commits[0]
+    with pytest.raises(ValueError, match="hf upload NAME FOLDER"):
+        L2D.from_pretrained(world / "path").push_to_hub("me/mine")

@@ -73,6 +73,7 @@ def test_columns_and_keys_of_no_use_are_counted():
     assert notes == {"rows with a column 'choices' that is not used": 1, "rows with a column 'context' that is not used": 2,
                      "rows with 'mood' that is not used by the chat template": 1}
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['mood'] }}")
+    assert "rows with 'ring' that is not used by the chat template" in read(talk("a", "b", ring=1), template=template + "{# string #}")[1]
     assert read(talk("a", "b", mood="glad"), template=template) == ([(said(("user", "a")) + "<s>assistant\n", "bglad</s>")], {})
 
 
@@ -94,15 +95,17 @@ def test_tools_and_calls_are_read_as_the_template_writes_them():
         row = json.loads(json.dumps(talk("a", content, tool_calls=[call]))) | {"tools": given}
         assert read(row, template=QWEN) == ([(f"<s>tools {json.dumps(tools)}</s>\n" + said(("user", "a")) + "<s>assistant\n", answer)], {})
     assert read(talk("a", "b") | {"tools": tools})[1] == {"rows with 'tools' that is not used by the chat template": 1}
-    assert read(talk("a", None, tool_calls=[call])) == ([], {"rows left out: the chat template writes no tool_calls": 1})
+    assert read(talk("a", None, tool_calls=[call])) == ([], {"turns left out: the chat template writes no tool_calls": 1,
+                                                             "rows with 'tool_calls' that is not used by the chat template": 1})
 
 
 def test_speakers_and_parts():
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     parts = talk("a", [{"type": "text", "text": "b"}])
     assert read(row) == read(parts) == read(GOOD) == ([(said(("user", "a")) + "<s>assistant\n", "b</s>")], {})
-    row["conversations"][0]["from"] = "narrator"
-    assert "'narrator' speaks" in str(read(row)[1])
+    row["conversations"][0]["from"] = "narrator"         # it is the template's to refuse
+    assert read(row)[0] == [(said(("narrator", "a")) + "<s>assistant\n", "b</s>")]
+    assert "roles must alternate" in str(read(row, template=ALTERNATING)[1])
     assert "'image_url'" in str(read(talk([{"type": "image_url"}], "b"))[1])
     assert "a content is no text: 42" in str(read(talk("a", 42))[1])
 
@@ -157,6 +160,14 @@ def test_an_answer_that_shares_a_token_with_its_prompt_is_cut_there():
     assert read(talk("a", "\nb")) == ([(said(("user", "a")) + "<s>assistant", "\n\nb</s>")], {})
 
 
+def test_an_answer_needs_a_token_before_it_and_a_label_is_a_text():
+    bare = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}"
+    found, notes = read({"prompt": " ", "response": "b"}, GOOD, template=bare)
+    assert found == [("a", "b</s>")] and notes["turns left out: no token precedes the answer"] == 1
+    found, notes = read(GOOD | {"label": "\ud800"}, GOOD, label_column="label")
+    assert len(found) == 1 and any("surrogates" in note for note in notes)
+
+
 def test_an_answer_must_end():
     found, notes = read(talk("a", "b", "c", "d"), template=HUMAN)
     assert found == [("### Human: a\n### Assistant:", " b\n</s>"),
@@ -177,7 +188,7 @@ def test_the_date_stands_still(template, shown):
 
 def test_many_formats_of_the_date():
     formats = ["%d %B %Y", "%A", "%H:%M", "%-d/%-m/%y", "no format"]
-    template = "".join("{{ strftime_now('" + form + "') }}|" for form in formats)
+    template = "".join("{{ strftime_now( \"" + form + "\") }}|" for form in formats)
     assert render(make(template), [{"role": "user", "content": "a"}]) == "26 July 2024|Friday|00:00|26/7/24|no format|"
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 import sample
 import train
 from experiments import finetune, real
-from l2d import L2D, TABLEAUS, VELOCITIES, L2DConfig
+from l2d import CHOICES, L2D, TABLEAUS, L2DConfig
 from support import console, tiny
 from support.processes import processes
 from test_l2d import IDS, KINDS, SEEDS, exact_l2d, tiny_base, tiny_l2d, weights
@@ -138,7 +138,7 @@ def test_the_simulation_refuses_what_a_gpu_would(simulated):
 # ---- l2d.py --------------------------------------------------------------------------------------
 
 WAYS = [*({"solver": solver, "steps": 9, "max_evaluations": 20} for solver in TABLEAUS),
-        *({"velocity": velocity} for velocity in VELOCITIES), {"guidance": 0.0}, {"guidance": 2.0},
+        *({"velocity": velocity} for velocity in CHOICES["velocity"]), {"guidance": 0.0}, {"guidance": 2.0},
         {"t_start": 0.3}, {"path": "full"}, {"class_names": ()}]
 
 
@@ -251,10 +251,10 @@ def losses(out):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """stop(n): the next training is interrupted after n updates."""
+    """stop(n): the next training is interrupted after its n-th update."""
     def after(n):
-        answers = iter([False] * n + [True])
-        monkeypatch.setattr(train.processes, "interrupts", lambda: lambda: next(answers))
+        answers = iter([False] * (n - 1) + [True])
+        monkeypatch.setattr(train.processes, "interrupts", lambda: contextlib.nullcontext(lambda: next(answers)))
     return after
 
 

@@ -25,14 +25,13 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from experiments.results import append_line, read_log
 from l2d import L2D, L2DConfig
 from support import chats, console, tiny
-from support.console import load_model, load_tensors, load_tokenizer, save_tensors
+from support.console import load_tensors, save_tensors
 
 
 torch.set_num_threads(1)
@@ -193,7 +192,7 @@ def test_killed_while_the_log_is_cut(whole):
     steps = lambda: [line["step"] for line in map(json.loads, Path("log/log.jsonl").read_text().splitlines()) if "loss" in line]
     assert step_of("log") == 7 and steps() == list(range(1, 9))      # the 8th update is in the log alone
     save = ("save_pretrained", PreTrainedTokenizerBase)              # after the options, before the log
-    for name, module, count, when in (("replace", os, 1, "before"), ("fsync", os, 1, "halfway"), (*save, 1, "before"), (*save, 2, "after")):
+    for name, module, count, when in (("replace", os, 1, "before"), ("fsync", os, 1, "halfway"), (*save, 1, "before"), (*save, 1, "after")):
         assert wait(resume("log", before=die_at(name, module, count, when))) == -signal.SIGKILL
         assert steps()[:7] == list(range(1, 8))
     assert wait(resume("log", before=die_at("fsync", os, 2, "before"))) == -signal.SIGKILL
@@ -232,14 +231,14 @@ def test_a_second_run_in_the_folder_of_a_living_one_is_refused(whole, args):
     folder = f"claimed-{len(args)}"
     if args == ["--resume"]:
         assert wait(start(*RUN, "--out", folder, before=die_at("fsync", os, 6, "before"))) == -signal.SIGKILL
-        assert Path(folder, "claim").exists()            # what kill -9 leaves is no claim
+        assert Path(f"{folder}.lock").exists()           # what kill -9 leaves is no claim
     pid = start(*args, "--out", folder, before=pause(folder), file="first")
     wait_for(f"{folder}-paused")
     assert_refused(folder, pid, *args)
-    assert Path(folder, "claim").exists()
+    assert Path(f"{folder}.lock").exists()
     Path(f"{folder}-go").touch()
     assert wait(pid) == 0 and result(folder) == whole[0]
-    assert not Path(folder, "claim").exists()
+    assert not [*Path().glob(f"{folder}.*")]
 
 
 def test_only_one_of_ten_runs_at_once_gets_the_folder(whole):
@@ -262,6 +261,7 @@ def test_however_a_run_ends_its_folder_is_free(whole, end):
     folder = f"ended-{end}"
     def before():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         pause(folder)()
         if end in ("error", "exit"):
             def read_rows(data):
@@ -272,20 +272,32 @@ def test_however_a_run_ends_its_folder_is_free(whole, end):
         wait_for(f"{folder}-paused")
         os.kill(pid, end)
     assert wait(pid) == {"error": 1, "exit": 3, signal.SIGINT: 130}.get(end, -end if isinstance(end, int) else None)
-    if end not in (signal.SIGKILL, signal.SIGTERM):
-        assert not Path(folder).exists()                 # it was made for the claim alone
+    assert not Path(folder).exists()
     assert wait(start(*RUN, "--out", folder)) == 0, output()
-    assert result(folder) == whole[0] and not Path(folder, "claim").exists()
+    assert result(folder) == whole[0] and not [*Path().glob(f"{folder}.*")]
 
 
 def test_a_file_system_without_locks_is_told_of(whole):
     def before():
         def unable(*args):
             raise OSError(errno.ENOLCK, "No locks available")
-        fcntl.lockf = unable
-    text = run(*RUN, "--out", "lockless", before=before)
-    assert "lockless cannot be locked ([Errno 37] No locks available): let no other run write there" in text
-    assert result("lockless") == whole[0]
+        fcntl.flock = unable
+    text = run(*RUN, "--out", "lockless", code=1, before=before)
+    assert "train.py: error: lockless cannot be locked ([Errno 37] No locks available): name another folder" in text
+    assert not Path("lockless").exists()
+
+
+def test_children_that_outlive_a_killed_run_do_not_keep_its_folder(whole):
+    """`datasets` encodes in such processes."""
+    def before():
+        def read_rows(data):
+            Path("child").write_text(str(start(file="child-output", script="time", before=lambda: time.sleep(60))))
+            os.kill(os.getpid(), signal.SIGKILL)
+        chats.read_rows = read_rows
+    assert wait(start(*RUN, "--out", "orphaned", before=before)) == -signal.SIGKILL
+    child = int(Path("child").read_text())
+    assert wait(start(*RUN, "--out", "orphaned")) == 0, output()
+    os.kill(child, signal.SIGKILL)
 
 
 # ---- Disks that are full or read-only --------------------------------------------------------------------------------
@@ -414,10 +426,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(whole):
         steps = step_of(folder)
         assert after - 2 <= steps < STEPS and json.loads(log.read_text().splitlines()[-1])["step"] == steps
         assert f"stopped after {steps} steps; continue with --resume --out {folder}" in output()
-        so_far, tensors = load_model(f"{folder}/so-far"), load_tensors(f"{folder}/checkpoint.safetensors")       # to be tried meanwhile
-        assert load_tokenizer(f"{folder}/so-far") and so_far(torch.arange(9)[None], steps=3).logits.isfinite().all()
-        assert all(torch.equal(p, tensors[f"path.{name}"]) for name, p in so_far.path.named_parameters())
-        assert wait(resume(folder)) == 0 and result(folder) == whole[0] and not Path(folder, "so-far").exists()
+        assert wait(resume(folder)) == 0 and result(folder) == whole[0]
 
 
 def test_sigterm_saves_too(whole):
@@ -504,37 +513,14 @@ def test_killed_while_the_trained_model_is_written(whole):
 
     def before():
         def half(self, folder, **kwargs):
-            if "so-far" not in str(folder):
-                Path(folder).mkdir()
-                (Path(folder) / "model.safetensors").write_bytes(b"half")
-                os.kill(os.getpid(), signal.SIGKILL)
+            Path(folder).mkdir()
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
         L2D.save_pretrained = half
     assert wait(start(*RUN, "--out", "half", before=before)) == -signal.SIGKILL
     assert not Path("half/model.safetensors").exists() and step_of("half") == STEPS
     assert wait(resume("half")) == 0, output()
     assert result("half") == expected and not Path("half.making").exists()
-
-
-def test_no_flipped_bit_and_no_missing_byte_goes_unnoticed(whole, tmp_path):
-    """Anywhere in the file: it is refused by name, or (in the header's padding) means the same."""
-    data, file, rng = Path("whole/checkpoint.safetensors").read_bytes(), tmp_path / "checkpoint.safetensors", random.Random(1)
-    good, refused = load_file("whole/checkpoint.safetensors"), 0
-    header = 8 + int.from_bytes(data[:8], "little")
-    damaged = [data[:int(len(data) * share)] for share in (0, 0.001, 0.1, 0.5, 0.999)] + [data[:-1], data + b"\0", data[1:]]
-    tensors = [entry["data_offsets"] for name, entry in json.loads(data[8:header]).items() if name != "__metadata__"]
-    places = [rng.randrange(header) for _ in range(100)] + [header + rng.randrange(*ends) for ends in tensors]       # a bit of each
-    for place in places:
-        damaged.append(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1:])
-    for spoilt in damaged:
-        file.write_bytes(spoilt)
-        try:
-            tensors = load_tensors(file)
-        except ValueError as error:
-            assert str(file) in str(error) and "damaged" in str(error) and "\n" not in str(error)
-            refused += 1
-        else:
-            assert tensors.keys() == good.keys() - {"checksum"} and all(torch.equal(tensors[k], good[k]) for k in tensors)
-    assert refused >= len(damaged) - 5
 
 
 def test_what_has_been_loaded_no_longer_needs_its_file(tmp_path):
@@ -557,13 +543,3 @@ def test_half_a_line_of_a_log_is_left_out_and_a_damaged_one_named(tmp_path):
         file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
         with pytest.raises(ValueError, match="log.jsonl is damaged in line 2: delete"):
             read_log(file, "step")
-
-
-def test_two_changes_do_not_cancel_in_the_checksum(tmp_path):
-    tensors = {"a": torch.arange(6.0), "b": torch.arange(6.0) + 1, "step": torch.tensor(3)}
-    save_tensors(tensors, tmp_path / "file.safetensors")
-    assert all(torch.equal(tensors[k], v) for k, v in load_tensors(tmp_path / "file.safetensors").items())
-    true = console.checksum(tensors)
-    for other in (tensors | {"a": tensors["b"], "b": tensors["a"]}, tensors | {"a": tensors["a"].flip(0)},
-                  {k: v for k, v in tensors.items() if k != "step"}, *[tensors | {k: v + 1} for k, v in tensors.items()], tensors | {"a": tensors["a"].view(2, 3).T.contiguous().view(6)}):
-        assert console.checksum(other) != true

@@ -35,7 +35,7 @@ import test_l2d
 from l2d import (TABLEAUS, CachedPath, Context, DiffusionPath, DiffusionVocabulary, LoRALinear, mlp,
                  modulate, normal, rescale, rotate, solve_adaptive, solve_fixed, time_features,
                  uniform)
-from test_l2d import IDS, SEEDS, naive_losses, naive_path, read, tiny_base, tiny_l2d
+from test_l2d import IDS, SEEDS, naive_losses, naive_path, read, tiny_base, tiny_l2d, token_losses
 
 torch.set_num_threads(1)
 
@@ -106,7 +106,7 @@ def test_times_stay_in_the_unit_interval_at_both_ends(timesteps, monkeypatch):
     for end in (0.5 / 2**23, 1 - 0.5 / 2**23):
         monkeypatch.setattr(
             l2d, "uniform", lambda n, *address: torch.full_like(real(n, *address), end))
-        losses, t = model.token_losses(IDS, IDS, seeds=SEEDS)
+        losses, t = token_losses(model, IDS, IDS, seeds=SEEDS)
         assert losses.isfinite().all() and (0 <= t).all() and (t <= 1).all()
 
 
@@ -372,8 +372,8 @@ def test_loss_against_the_papers_formulas_in_float64(dtype, monkeypatch):
     labels[:3] = -100
     compute = lambda m: torch.stack(naive_losses(m, IDS[0], labels.tolist(), 11, 1))
     exact, tolerance = sensitivity(model, compute, dtype, draws=2)
-    losses, _ = model.token_losses(
-        IDS[:1], labels[None], seeds=SEEDS[:1], class_ids=torch.tensor([1]))
+    losses, _ = token_losses(
+        model, IDS[:1], labels[None], seeds=SEEDS[:1], class_ids=torch.tensor([1]))
     within(losses.detach(), exact, tolerance)
 
 
@@ -417,7 +417,7 @@ def spoil(monkeypatch):
     return spoil
 
 
-@pytest.mark.parametrize("velocity", l2d.VELOCITIES)
+@pytest.mark.parametrize("velocity", l2d.CHOICES["velocity"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("solver, steps", [
     ("euler", 6), ("midpoint", 7), ("rk4", 9), ("fehlberg2", 2), ("bosh3", 2)])
