@@ -758,8 +758,11 @@ def kept_columns(keep):
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 def per_row(values, name, columns):
-    """Whole numbers [B], as int64 in the shape of columns [B, N]. ValueError: others."""
+    """Whole numbers [B], or one for all rows, as int64 in the shape of columns [B, N]. ValueError:
+    others."""
     values = torch.as_tensor(values, device=columns.device)
+    if values.dim() == 0:
+        values = values.expand(len(columns))
     if values.shape != columns.shape[:1] or values.is_floating_point():
         raise ValueError(f"{name} must be {len(columns)} whole numbers, one for each row: not "
                          f"{values.tolist()}")
