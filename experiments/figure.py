@@ -44,6 +44,7 @@ def draw(times, shares, names, title, file):
         axes.plot(0, shares[0, token], marker="D", markersize=9, color=line.get_color(),
                   clip_on=False, zorder=3)
     axes.plot([], [], "D", markersize=8, color="grey", label="the base alone")
+    axes.plot([], [], "--", color="grey", label="the guess changes")
     best = shares.argmax(1)
     for n in (best[1:] != best[:-1]).nonzero()[:, 0].tolist():
         axes.axvline((times[n] + times[n + 1]) / 2, color="grey", linestyle="--")
