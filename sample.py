@@ -64,7 +64,7 @@ class Session:
         names = ("steps", "solver", "guidance", "t_start", "dtype")
         self.model = console.load_model(folder, **{name: getattr(args, name) for name in names})
         self.model.to(console.pick_device(args.device)).register_forward_hook(
-            lambda model, inputs, output: self.counts.append((output.evaluations, output.passes)))
+            lambda _, inputs, out: self.counts.append(torch.cat([out.evaluations, out.passes], 1)))
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
         names, self.which = self.model.config.class_names, {}
         if args.label in names:
@@ -107,7 +107,7 @@ class Session:
         return tokenizer.decode(found[0, ids.shape[1]:], skip_special_tokens=True)
 
     def summary(self):
-        n, (used, passes) = len(self.counts), torch.tensor(self.counts).float().mean(0).tolist()
+        n, (used, passes) = len(self.counts), torch.cat(self.counts).float().mean(0).tolist()
         how = self.args.solver if TABLEAUS[self.args.solver].error else f"T = {self.args.steps}"
         return (f"{how}: {used:.4g} evaluations in {passes:.2f} passes per token; {n} tokens, "
                 f"{n / self.seconds:.1f} tokens/s on {self.model.device.type}")
