@@ -74,7 +74,7 @@ from transformers.utils.hub import convert_file_size_to_int, extract_commit_hash
 # Random numbers are a hash of their address (counter-based), not draws from a generator. So a
 # token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
 # is the row's seed, the position and the use (and the time, if there are several draws):
-TIME, NOISE, DROP, VELOCITY = range(4)
+TIME, NOISE, DROP, VELOCITY, PROPOSAL, SHARE = 0, 1, 2, 3, 5, 6
 
 def splitmix64(x):
     """The mixing step of SplitMix64, on int64: products wrap around, masks make shifts logical."""
@@ -334,7 +334,10 @@ def diffusion_losses(path, context, targets):
     if path.config.timesteps == "cosmap":           # more of t near 0.5; arXiv:2403.03206, 3.1
         t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
     x_0 = initial_noise(path.config, context)                                   # [B, N, d]
-    embeddings = context.lm.get_input_embeddings()(targets.clamp(min=0))        # [B, N, D]
+    shown = targets.clamp(min=0)
+    if path.config.proposals and torch.is_grad_enabled():
+        shown = propose(context, shown, path.config.proposals)
+    embeddings = context.lm.get_input_embeddings()(shown)                       # [B, N, D]
     x_1 = path.vocabulary(embeddings)                                           # [B, N, d]
     x_t = (1 - t) * x_0 + t * x_1
     if context.class_ids is not None:               # for guidance: learn "no class", too
@@ -342,6 +345,19 @@ def diffusion_losses(path, context, targets):
         context = replace(context, class_ids=context.class_ids.masked_fill(dropped, path.null))
     hidden, valid = path.hidden(x_t, t, context), targets != IGNORE
     return cross_entropy(context, hidden[valid], targets[valid]), t[valid][:, 0]
+
+@torch.no_grad()
+def propose(context, targets, share, chunk=1024):
+    """Not in the paper: targets [B, N], but at a share of the positions a token that the LM draws.
+    x_t then holds that token while the loss is of the right one. So the path learns to doubt what
+    it reads in x_t, which in sampling is the LM's proposal first."""
+    hidden, drawn = context.main_hidden.flatten(0, 1), []
+    address = context.seeds.flatten(), context.positions.flatten()
+    for h, *where in zip(hidden.split(chunk), *(a.split(chunk) for a in address)):
+        logits = context.logits(h).float()
+        drawn.append((logits + gumbel(logits.shape[-1], *where, PROPOSAL)).argmax(-1))
+    chosen = uniform(1, *address, SHARE)[:, 0] < share
+    return torch.where(chosen, torch.cat(drawn), targets.flatten()).view_as(targets)
 
 def cross_entropy(context, hidden, targets, chunk=1024):
     """−log p(target), float32: hidden [M, D], targets [M] -> [M]. In chunks of positions, computed
@@ -584,8 +600,9 @@ CHOICES = {"path": ("lora", "full", "scratch"), "init": ("paper", "tied"),
            "solver": tuple(TABLEAUS)}
 DEFAULTS = dict(
     dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, init="paper",
-    class_dropout=0.2, timesteps="uniform", steps=15, solver="midpoint", velocity="argmax",
-    guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000)
+    class_dropout=0.2, timesteps="uniform", proposals=0.0, steps=15, solver="midpoint",
+    velocity="argmax", guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4,
+    max_evaluations=1000)
 SETTINGS = {*DEFAULTS, "class_names", "base_model", "base_revision", "base_checksum"}
 
 class L2DConfig(transformers.PreTrainedConfig):
@@ -598,6 +615,7 @@ class L2DConfig(transformers.PreTrainedConfig):
     init             where x_embedder starts: "paper" (at random) or "tied" (it reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
+    proposals        share of the positions whose x_t holds a token of the LM: see `propose`
     May change at any time, and are checked when they are used:
     steps            T, the evaluations per token. Adaptive solvers choose their own, unless T = 1
     solver           "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive)
@@ -680,13 +698,14 @@ def check_settings(s, steps=None):
         value = getattr(s, name)
         require(isinstance(value, int) and value > 0, name, "must be a positive whole number")
     positive = ("sigma", "lora_alpha", "atol", "rtol")
-    for name in (*positive, "class_dropout", "guidance", "t_start"):
+    for name in (*positive, "class_dropout", "proposals", "guidance", "t_start"):
         value = getattr(s, name)
         good = isinstance(value, (int, float)) and 0 <= value < math.inf
         require(good and (value > 0 or name not in positive), name,
                 "must be a positive number" if name in positive else "must be a number, 0 or more")
     require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
     require(s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
+    require(s.proposals <= 1, "proposals", "must lie in [0, 1]")
     require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
     none = s.guidance != 1 and not s.class_names
     require(not none, "guidance", "needs classes, and this model has none: use 1")

@@ -1031,6 +1031,32 @@ def test_class_names_are_a_list_of_different_names(names):
         L2DConfig(class_names=names)
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_share_of_the_states_holds_a_token_that_the_base_draws(share):
+    """The loss stays that of the right tokens. Validation sees right tokens alone."""
+    model, seeds = tiny_l2d(class_names=(), proposals=share), torch.arange(200)
+    ids = torch.arange(200)[:, None] % 97 + torch.zeros(1, 6, dtype=torch.long)
+    context, targets = model.read_labelled(ids, ids, seeds=seeds)
+    logits = model.base(ids).logits[:, :-1]
+    drawn = l2d.propose(context, targets, share)
+    proposed = drawn != targets
+    rate = share * (1 - logits.softmax(-1).gather(-1, targets[..., None])).mean().item()
+    assert proposed.float().mean().item() == pytest.approx(rate, abs=0.05)
+    losses = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0][proposed]
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean().item()
+    assert -losses.mean().item() == pytest.approx(entropy, rel=0.1)      # as the base draws
+    found, times = l2d.diffusion_losses(model.path, context, targets)
+    x_1 = model.path.vocabulary(model.base.get_input_embeddings()(drawn))
+    t = times.view(200, 5, 1)
+    x_t = (1 - t) * l2d.initial_noise(model.config, context) + t * x_1
+    right = F.cross_entropy(model.path(x_t, t, context).flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        validated = l2d.diffusion_losses(model.path, context, targets)[0]
+    model.config.proposals = 0.0
+    assert torch.equal(validated, l2d.diffusion_losses(model.path, context, targets)[0])
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
 def test_cross_entropy_in_chunks_equals_the_whole_in_value_and_gradient(chunk):
     model, targets, share = tiny_l2d(), torch.arange(7), torch.rand(7)

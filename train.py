@@ -32,7 +32,7 @@ TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, c
             max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
 SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "init", "timesteps",
-            "base_checksum")
+            "proposals", "base_checksum")
 CHANGEABLE = {"device", "micro_batch_size", "gradient_checkpointing", "lr", "min_lr", "clip",
               "eval_every", "save_every"}                        # by --resume
 
@@ -59,6 +59,7 @@ def make_parser(description=__doc__):
     add("--init", choices=CHOICES["init"], default="paper",
         help="random, or reading x_t from the start")
     add("--timesteps", choices=CHOICES["timesteps"], default="uniform", help="how t is drawn")
+    add("--proposals", type=float, default=0.0, help="share of x_t with a token of the LM")
     add = parser.add_argument_group("optimisation (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
     add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")
