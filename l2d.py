@@ -497,7 +497,7 @@ def end_time(config):
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
-ROWS = 128                              # the most states in a pass that has several of a token
+ROWS = 128                              # a pass that drafts has at most so many states in all
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
@@ -558,8 +558,9 @@ def draft_and_check(path, context, x_0, most, weights, times):
     Draft that all evaluations find the last known x̂. Then all states are known, and one pass
     evaluates many. An example with T = 5, where A and B are two values of x̂ and A is the first:
 
-      draft A A A A A -> found _ A B B A    the states up to the B were right, so this B is right
+      draft A A A A A -> found _ A B x x    the states up to the B were right, so this B is right
       draft A A B B B -> found _ _ _ B B    all as drafted: the logits of the last are the answer
+      (_ was known before, x comes from a wrong state)
 
     A state depends only on the x̂ before it. So up to the first x̂ that is not as drafted, this one
     included, states and x̂ are those of the loop. Every pass makes at least one more evaluation
@@ -577,7 +578,7 @@ def draft_and_check(path, context, x_0, most, weights, times):
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # Those up to the first that is not as drafted are known now. (None, if all were.)
+        # Known now: those as drafted from the first on, and the first that is not.
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
         new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
         new = new.clamp(max=n).minimum(T - known)
