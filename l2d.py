@@ -604,6 +604,7 @@ DEFAULTS = dict(
     class_dropout=0.2, timesteps="uniform", proposals=0.0, steps=15, solver="midpoint",
     velocity="argmax", guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4,
     max_evaluations=1000)
+TRAINED = ("dim", "cond_dim", "sigma", "path", "lora_rank", "lora_alpha", "class_names")
 SETTINGS = {*DEFAULTS, "class_names", "base_model", "base_revision", "base_checksum"}
 
 class L2DConfig(transformers.PreTrainedConfig):
@@ -853,6 +854,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             if config.init == "tied":
                 self.start_tied()
         self.cached = None                              # or (stamp of the weights, CachedPath)
+        self.trained = {name: getattr(config, name) for name in TRAINED}
         self.post_init()
 
     def init_weights(self):
@@ -1101,6 +1103,10 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if refused or sum(t.nbytes for t in tensors.values()) > most:
             raise ValueError("a path is saved as one file: leave out max_shard_size, variant, "
                              "distributed_checkpoint and push_to_hub")
+        changed = [name for name in TRAINED if getattr(self.config, name) != self.trained[name]]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} belong to the training of this path, and have "
+                             "changed since it was made: set them back")
         base_model = self.config.base_model
         if os.path.isdir(base_model):
             with suppress(ValueError):                  # it lies on another drive of Windows

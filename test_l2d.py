@@ -1977,6 +1977,15 @@ def test_one_file_is_saved_or_none(folders):
     assert same_path(L2D.from_pretrained(folder / "one"), model)
 
 
+def test_settings_of_the_training_cannot_be_saved_otherwise(folders):
+    """The folder would hold another model than the one that ran."""
+    model, folder = folders
+    model.config.lora_alpha = 999.0
+    with pytest.raises(ValueError, match="lora_alpha belong to the training of this path"):
+        model.save_pretrained(folder / "other")
+    assert not (folder / "other").exists()
+
+
 def test_what_needs_all_tensors_or_a_base_is_refused(folders):
     model, folder = folders
     with pytest.raises(ValueError, match="output_loading_info is not possible"):

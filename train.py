@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def make_parser(description=__doc__):
     add("--gradient-checkpointing", action="store_true", help="less memory: blocks run twice")
     add("--eval-every", type=int, default=1000, help="updates between validations")
     add("--save-every", type=int, default=500, help="updates between checkpoints")
-    parser.set_defaults(base_checksum=None)              # no option
+    parser.set_defaults(base_checksum=None, data_checksum=None)      # no options
     return parser
 
 def parse_args(parser):
@@ -126,6 +127,10 @@ def build(args, make_model):
     data, held_out = chats.load_data(
         args.data, tokenizer, max_length, args.label_column, args.validation,
         base.generation_config.eos_token_id, args.keep_going)
+    found = zlib.crc32(json.dumps([data["length"][:], data["answer"][:]]).encode())
+    if args.data_checksum not in (None, found):
+        raise ValueError(f"{args.data} has changed since the run began: put it back, or start anew")
+    args.data_checksum = found
     class_names = sorted({*data["label"][:]} - {None})
     if class_names and isinstance(model, L2D):
         model = make(class_names)

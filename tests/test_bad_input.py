@@ -310,6 +310,8 @@ SCRIPTS = {                                              # name: (what is spoilt
     "pickle as checkpoint": (pickled_checkpoint, RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "model as checkpoint": (lambda: shutil.copy("run/model.safetensors", "run/checkpoint.safetensors"), RESUME, 1,
                             ["do not fit", "lora_B is missing"]),
+    "data changed since": (lambda: open("chats.jsonl", "a").write(open("chats.jsonl").readline() * 3), RESUME, 1,
+                           ["chats.jsonl has changed since the run began"]),
     "base changed since": (smaller_base, RESUME, 1, ["checksum"]),
     "base trained since": (weights("base/model.safetensors", lambda t: t["model.norm.weight"].add_(1)), RESUME, 1, ["belongs to base", "checksum"]),
     # answering
