@@ -1103,6 +1103,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if refused or sum(t.nbytes for t in tensors.values()) > most:
             raise ValueError("a path is saved as one file: leave out max_shard_size, variant, "
                              "distributed_checkpoint and push_to_hub")
+        check_whole(self.base)
         changed = [name for name in TRAINED if getattr(self.config, name) != self.trained[name]]
         if changed:
             raise ValueError(f"{', '.join(changed)} belong to the training of this path, and have "
@@ -1182,7 +1183,9 @@ def load_base(config, **kwargs):
                          "then load that yourself and pass it as base=")
     if kwargs.get("dtype") in (None, "auto") and "torch_dtype" not in kwargs:
         kwargs["dtype"] = config.dtype
-    if not os.path.isdir(config.base_model):
+    if os.path.isdir(config.base_model):                # it may be a path itself, even this one
+        config.check_base(AutoConfig.from_pretrained(config.base_model, trust_remote_code=False))
+    else:
         kwargs["revision"] = config.base_revision
     return AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False,
                                                 **kwargs)

@@ -1986,6 +1986,21 @@ def test_settings_of_the_training_cannot_be_saved_otherwise(folders):
     assert not (folder / "other").exists()
 
 
+def test_a_base_that_got_adapters_is_not_saved_for(folders):
+    model, folder = folders
+    model.base.model.layers[0].self_attn.q_proj.base_layer = torch.nn.Identity()
+    with pytest.raises(ValueError, match="the base holds adapters: merge them"):
+        model.save_pretrained(folder / "other")
+
+
+def test_a_path_that_names_itself_as_its_base_is_refused(folders):
+    _, folder = folders
+    file = folder / "path" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": "../path"}))
+    with pytest.raises(ValueError, match="'l2d' is not a supported architecture"):
+        L2D.from_pretrained(folder / "path")
+
+
 def test_what_needs_all_tensors_or_a_base_is_refused(folders):
     model, folder = folders
     with pytest.raises(ValueError, match="output_loading_info is not possible"):
