@@ -908,7 +908,9 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
-        lm, caught, thread = self.base.eval().model, [], threading.get_ident()
+        lm, caught, thread = self.base.model, [], threading.get_ident()
+        if any(layer.self_attn.training for layer in lm.layers):        # dropout, that is
+            self.base.eval()                            # (not always: it visits every module)
 
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
@@ -1144,7 +1146,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
                 raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
                                  "path: train one on it with train.py --model")
             config = L2DConfig.from_dict(config, **changes)
-        config.update(changes)
+        else:
+            config.update(changes)
         config.name_or_path = str(name_or_path)
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         if config.base_model and os.path.isdir(moved):

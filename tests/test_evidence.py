@@ -48,8 +48,8 @@ def folder(tmp_path_factory):
     """An untaught base, questions, and an L2D whose path has been moved away from the base."""
     folder, tokenizer = tmp_path_factory.mktemp("evidence"), tiny.make_tokenizer()
     torch.manual_seed(0)
-    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
-    base.save_pretrained(folder / "base")
+    base = base_model()
+    tiny.save(folder / "base", base, tokenizer)
     (folder / "chats.jsonl").write_text("\n".join(map(json.dumps, tiny.questions(60, seed=0))))
     config = L2DConfig(base_model=str(folder / "base"), dim=16, cond_dim=16, sigma=3.0,
                        class_names=["fact", "math", "string"])
@@ -57,8 +57,7 @@ def folder(tmp_path_factory):
     for p in model.path.parameters():
         torch.nn.init.normal_(p, std=0.1)
     model.save_pretrained(folder / "l2d")
-    for name in ("base", "l2d"):
-        tokenizer.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "l2d")
     return folder
 
 

@@ -131,9 +131,7 @@ def run(tmp_path_factory):
     """A folder with a tiny base and questions; run(*options) calls the command there."""
     folder, tokenizer = tmp_path_factory.mktemp("gsm8k"), tiny.make_tokenizer()
     torch.manual_seed(0)
-    base = tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48)
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
+    tiny.save(folder / "base", tiny.make_model(tokenizer, hidden=32, layers=2, ffn=48), tokenizer)
     rows = [{"question": row["messages"][0]["content"], "answer": row["messages"][1]["content"]}
             for row in tiny.questions(60, seed=0)]
     (folder / "data.jsonl").write_text("\n".join({json.dumps(row): 0 for row in rows}))
