@@ -15,8 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"                       # an unreachable hub, everywhere and at once
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

@@ -16,8 +16,6 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
 import tqdm.auto

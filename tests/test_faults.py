@@ -21,8 +21,6 @@ import threading
 import time
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
 import pytest
 import torch
 from tqdm import tqdm

@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-
 import datasets
 import pytest
 import torch
