@@ -55,7 +55,8 @@ RECIPE = ("--max-length 256 --micro-batch-size 4 --warmup-steps 10 --dtype bfloa
           "--validation 8 --eval-every 250 --save-every 20")
 METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
-PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32, "init": "paper"}      # the paper's
+PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32, "init": "paper",
+        "proposals": 0.0}                                # the paper's
 TRAINED = PATH | {"seed": 0, "batch_size": 16}           # what the table was trained with
 
 STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
