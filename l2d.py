@@ -24,9 +24,9 @@ evaluations per token: all but the last give velocities, and the last gives the 
 at t = 0 (if config.t_start = 0, the default). There f has the weight w(0) − w(0) = 0, so the logits
 are the LM's own. With T = 1 it is also the last, and the answer is that of the untouched LM.
 
-A *pass* is one run of the path, for one state of a token or for several. While x̂ stays the same
-token, the state moves on a straight line, so its later places are known in advance. Therefore T
-evaluations rarely take T passes: see `draft_and_check`. "The release" is the authors' code.
+A *pass* is one run of the path (two with guidance), for one state of a token or for several. While
+x̂ stays the same token, the state moves on a straight line, so its later places are known. Hence
+T evaluations rarely take T passes: see `draft_and_check`. "The release" is the authors' code.
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -43,9 +43,6 @@ evaluations rarely take T passes: see `draft_and_check`. "The release" is the au
      targets in training, or the             C  size of the embedding      H  heads of queries
      positions to predict                       of time and class          K  heads of keys
   L  cached keys                                                           G  H / K
-
-`config` holds all settings (see L2DConfig). Part I is the method. Part II turns it into a causal LM
-that loads, generates and saves.
 """
 
 import copy
@@ -55,7 +52,6 @@ import os
 import threading
 import warnings
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -67,14 +63,14 @@ from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils.hub import convert_file_size_to_int, extract_commit_hash
+from transformers.utils.hub import extract_commit_hash
 
 # ---- Random numbers ------------------------------------------------------------------------------
 
 # Random numbers are a hash of their address (counter-based), not draws from a generator. So a
 # token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
 # is the row's seed, the position and the use (and the time, if there are several draws):
-TIME, NOISE, DROP, VELOCITY, PROPOSAL, SHARE = 0, 1, 2, 3, 5, 6
+TIME, NOISE, DROP, VELOCITY = 0, 1, 2, 3
 
 def splitmix64(x):
     """The mixing step of SplitMix64, on int64: products wrap around, masks make shifts logical."""
@@ -95,10 +91,6 @@ def normal(n, *address):
     """n standard normal numbers at an address: float32 [.., n]."""
     return torch.erfinv(2 * uniform(n, *address) - 1) * math.sqrt(2)
 
-def gumbel(n, *address):
-    """Gumbel noise, float32 [.., n]: argmax(logits + noise) is a draw from softmax(logits)."""
-    return -torch.log(-torch.log(uniform(n, *address)))
-
 # ==== Part I: the method ==========================================================================
 
 # ---- LoRA (Section 3.1) --------------------------------------------------------------------------
@@ -115,11 +107,12 @@ class LoRALinear(nn.Module):
     """base(x) + (alpha / rank)·B A x: [.., in] -> [.., out]. `base`, the LM's frozen layer, is
     passed in at each call: the path's parameters contain nothing of the LM. B = 0 at first."""
 
-    def __init__(self, base, rank, alpha):
+    def __init__(self, base, config):
         super().__init__()
+        rank = config.lora_rank
         self.lora_A = nn.Parameter(torch.randn(rank, base.in_features) / rank)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank))
-        self.scaling = alpha / rank
+        self.scaling = config.lora_alpha / rank
 
     def forward(self, x, base):
         update = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
@@ -170,7 +163,7 @@ class Context:
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
     masks: dict                         # kind of attention (full or sliding window)
-                                        #   -> [B, 1, N·G, L]  0 visible, −inf not
+                                        #   -> [B, N, G, L]  0 visible, −inf not
     kinds: list                         # per block, its kind of attention
     seeds: torch.Tensor                 # [B, N]  of each row
     positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
@@ -180,15 +173,12 @@ class Context:
         return self.lm.lm_head(self.lm.model.norm(hidden))
 
     def tile(self, n):
-        """Every token n times in a row, for n states of it (in guidance, in drafts): N becomes N·n.
-        Keys and values stay: more states are more queries."""
+        """Every token n times in a row, for n states of it: N becomes N·n. Keys and values stay:
+        more states are more queries."""
         def tiled(x):
             return x if x is None else x.repeat_interleave(n, dim=1)
         names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
-        N, masks = self.positions.shape[1], {}
-        for kind, mask in self.masks.items():
-            mask = mask.unflatten(2, (N, -1))                                   # [B, 1, N, G, L]
-            masks[kind] = mask.repeat_interleave(n, dim=2).flatten(2, 3)
+        masks = {kind: tiled(mask) for kind, mask in self.masks.items()}
         return replace(self, masks=masks, **{name: tiled(getattr(self, name)) for name in names})
 
 def recomputed(function, *inputs):
@@ -220,11 +210,11 @@ class Block(nn.Module):
         super().__init__()
         C, D = config.cond_dim, config.text_config.hidden_size
         self.adaLN_modulation = mlp(C, C, 6 * D)
-        self.q_proj = linear(layer.self_attn.q_proj)
-        self.o_proj = linear(layer.self_attn.o_proj)
-        self.gate_proj = linear(layer.mlp.gate_proj)
-        self.up_proj = linear(layer.mlp.up_proj)
-        self.down_proj = linear(layer.mlp.down_proj)
+        self.q_proj = linear(layer.self_attn.q_proj, config)
+        self.o_proj = linear(layer.self_attn.o_proj, config)
+        self.gate_proj = linear(layer.mlp.gate_proj, config)
+        self.up_proj = linear(layer.mlp.up_proj, config)
+        self.down_proj = linear(layer.mlp.down_proj, config)
 
     def forward(self, f, c, context, i):
         """f [B, N, D], embedding of time and class c [B, N, C] -> [B, N, D]. i: which layer."""
@@ -237,7 +227,7 @@ class Block(nn.Module):
         return f + gate_2 * self.feed_forward(n, layer.mlp)                     # [B, N, D]
 
     def attention(self, n, attn, context, i):
-        keys, mask = context.keys[i], context.masks[context.kinds[i]]
+        keys, mask = context.keys[i], context.masks[context.kinds[i]].flatten(1, 2)[:, None]
         B, N, _ = n.shape
         q = self.q_proj(n, attn.q_proj).view(B, N, -1, attn.head_dim)           # [B, N, H, E]
         if hasattr(attn, "q_norm"):                                             # Qwen3
@@ -261,8 +251,7 @@ class DiffusionPath(nn.Module):
     gradient_checkpointing = False      # recompute blocks in the backward pass, to save memory
 
     def __init__(self, config, layers, linear):
-        """layers: the LM's; linear(layer): the path's version of a linear layer of them, such as
-        LoRALinear."""
+        """linear(layer, config): the path's version of one of the LM's linear layers."""
         super().__init__()
         D, d, C = config.text_config.hidden_size, config.dim, config.cond_dim
         self.config, self.null = config, len(config.class_names)
@@ -325,39 +314,23 @@ def initial_noise(config, context):
     """x_0 = sigma·eps with eps ~ N(0, I): float32 [B, N, d]."""
     return config.sigma * normal(config.dim, context.seeds, context.positions, NOISE)
 
-def diffusion_losses(path, context, targets):
+def diffusion_losses(path, context, targets, shown=None):
     """Cross entropy of every target at a random time: targets int64 [B, N], IGNORE where there is
-    none -> losses [M] and, for the log, times [M] of the M targets. x_1 is not detached, so the
-    loss trains W_v too."""
+    none -> losses [M] of the M targets. x_1 is not detached, so the loss trains W_v too. `shown`
+    are the tokens in x_t, if they are not the targets (in experiments)."""
     address = context.seeds, context.positions
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
     if path.config.timesteps == "cosmap":           # more of t near 0.5; arXiv:2403.03206, 3.1
         t = 1 - 1 / (torch.tan(math.pi / 2 * t) + 1)
     x_0 = initial_noise(path.config, context)                                   # [B, N, d]
-    shown = targets.clamp(min=0)
-    if path.config.proposals and torch.is_grad_enabled():
-        shown = propose(context, shown, path.config.proposals)
-    embeddings = context.lm.get_input_embeddings()(shown)                       # [B, N, D]
-    x_1 = path.vocabulary(embeddings)                                           # [B, N, d]
+    shown = targets.clamp(min=0) if shown is None else shown
+    x_1 = path.vocabulary(context.lm.get_input_embeddings()(shown))             # [B, N, d]
     x_t = (1 - t) * x_0 + t * x_1
     if context.class_ids is not None:               # for guidance: learn "no class", too
         dropped = uniform(1, *address, DROP)[..., 0] < path.config.class_dropout
         context = replace(context, class_ids=context.class_ids.masked_fill(dropped, path.null))
     hidden, valid = path.hidden(x_t, t, context), targets != IGNORE
-    return cross_entropy(context, hidden[valid], targets[valid]), t[valid][:, 0]
-
-@torch.no_grad()
-def propose(context, targets, share, chunk=1024):
-    """Not in the paper: targets [B, N], but at a share of the positions a token that the LM draws.
-    x_t then holds that token while the loss is of the right one. So the path learns to doubt what
-    it reads in x_t, which in sampling is the LM's proposal first."""
-    hidden, drawn = context.main_hidden.flatten(0, 1), []
-    address = context.seeds.flatten(), context.positions.flatten()
-    for h, *where in zip(hidden.split(chunk), *(a.split(chunk) for a in address)):
-        logits = context.logits(h).float()
-        drawn.append((logits + gumbel(logits.shape[-1], *where, PROPOSAL)).argmax(-1))
-    chosen = uniform(1, *address, SHARE)[:, 0] < share
-    return torch.where(chosen, torch.cat(drawn), targets.flatten()).view_as(targets)
+    return cross_entropy(context, hidden[valid], targets[valid])
 
 def cross_entropy(context, hidden, targets, chunk=1024):
     """−log p(target), float32: hidden [M, D], targets [M] -> [M]. In chunks of positions, computed
@@ -381,25 +354,22 @@ def estimate(path, logits, t, context):
         # so late draws are the most likely token. (In the release tau is that of the interval's
         # end.) The time, as a whole number, goes into the noise: every time has its own draw.
         moment = (t[..., 0] * 2**24).long()         # float32 has 24 bits
-        noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
-        logits = logits.float() + (1 - t) * noise
+        u = uniform(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
+        logits = logits.float() - (1 - t) * torch.log(-torch.log(u))
     value, token = logits.max(-1, keepdim=True)
     return table[token[..., 0]] + 0 * value.float()     # argmax hides NaN, this puts it back
 
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
-    [B, N, d]. With guidance, every state is two queries, with its class and then without. Mixing
-    their velocities as in Eq. 7 is mixing the two x̂. The logits are those of the class."""
-    w = path.config.guidance
-    if w == 1:
-        logits = predict(path, x, t, context)
-        return logits, estimate(path, logits, t, context)
-    both = context.tile(2)                          # copies; even: with class, odd: without
-    both.class_ids[:, 1::2] = path.null
-    t = t.expand(*x.shape[:2], 1).repeat_interleave(2, dim=1)
-    logits = predict(path, x.repeat_interleave(2, dim=1), t, both)              # [B, 2N, V]
-    with_class, without = estimate(path, logits, t, both).unflatten(1, (-1, 2)).unbind(2)
-    return logits[:, ::2], w * with_class + (1 - w) * without
+    [B, N, d]. With guidance, the path also runs without class. Mixing the two velocities as in
+    Eq. 7 is mixing the two x̂. The logits are those of the class."""
+    logits, w = predict(path, x, t, context), path.config.guidance
+    x_hat = estimate(path, logits, t, context)
+    if w != 1:
+        context = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
+        without = estimate(path, predict(path, x, t, context), t, context)
+        x_hat = w * x_hat + (1 - w) * without
+    return logits, x_hat
 
 def predict(path, x, t, context):
     """Logits [B, N, V]. If all t are 0, the path's weight is 0, and it need not run."""
@@ -511,10 +481,10 @@ def diffuse(path, context, steps=None, observe=None):
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     check_steps(config.solver, T)
     x = (1 - start) * initial_noise(config, context)
-    queries = x[..., 0].numel() * (1 if config.guidance == 1 else 2)
-    together = ROWS // queries if config.velocity != "expectation" and observe is None else 1
-    if T > 1 and not tableau.error and together > 1:    # ("expectation": x̂ moves all the time)
-        return draft_and_check(path, context, x, together, *unroll(config.solver, start, end, T))
+    most = ROWS // x[..., 0].numel()                # ("expectation": x̂ moves all the time)
+    one_by_one = tableau.error or config.velocity == "expectation" or observe is not None
+    if T > 1 and most > 1 and not one_by_one:
+        return draft_and_check(path, context, x, most, *unroll(config.solver, start, end, T))
 
     def dxdt(x, t):
         logits, x_hat = evaluate(path, x, t, context)
@@ -596,16 +566,14 @@ def draft_and_check(path, context, x_0, most, weights, times):
 # ---- Settings ------------------------------------------------------------------------------------
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")  # model types with Llama's layout
-CHOICES = {"path": ("lora", "full", "scratch"), "init": ("paper", "tied"),
-           "timesteps": ("uniform", "cosmap"), "velocity": ("argmax", "sample", "expectation"),
-           "solver": tuple(TABLEAUS)}
+CHOICES = {"path": ("lora", "full", "scratch"), "timesteps": ("uniform", "cosmap"),
+           "velocity": ("argmax", "sample", "expectation"), "solver": tuple(TABLEAUS)}
 DEFAULTS = dict(
-    dim=256, cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, init="paper",
-    class_dropout=0.2, timesteps="uniform", proposals=0.0, steps=15, solver="midpoint",
-    velocity="argmax", guidance=1.0, t_start=0.0, t_end=None, atol=3e-4, rtol=3e-4,
-    max_evaluations=1000)
-TRAINED = ("dim", "cond_dim", "sigma", "path", "lora_rank", "lora_alpha", "class_names")
-SETTINGS = {*DEFAULTS, "class_names", "base_model", "base_revision", "base_checksum"}
+    text_config=None, base_revision=None, base_checksum=None, class_names=(), dim=256,
+    cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, class_dropout=0.2,
+    timesteps="uniform", steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_start=0.0,
+    t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000)
+SETTINGS = {*DEFAULTS, "base_model"}
 
 class L2DConfig(transformers.PreTrainedConfig):
     """Settings of a diffusion path, with their DEFAULTS. Fixed by training:
@@ -614,54 +582,44 @@ class L2DConfig(transformers.PreTrainedConfig):
     dim, cond_dim    d, the size of x_t, and C, the size of the conditioning
     sigma            noise scale; sigma / sqrt(dim) decides at which t the token shows in the noise
     path             "lora", "full" (trained copies of the layers) or "scratch" (fresh ones)
-    init             where x_embedder starts: "paper" (at random) or "tied" (it reads x_t)
     class_names      the J classes for guidance; class_dropout: share trained without their class
     timesteps        how training draws t: "uniform" or "cosmap"
-    proposals        share of the positions whose x_t holds a token of the LM: see `propose`
     May change at any time, and are checked when they are used:
     steps            T, the evaluations per token. Adaptive solvers choose their own, unless T = 1
     solver           "euler", "midpoint", "rk4" (fixed steps), "fehlberg2", "bosh3" (adaptive)
-    velocity         x̂ is the most likely token ("argmax"), a drawn one ("sample"), or the
-                     "expectation"
-    guidance         w of Eq. 7
-    t_start, t_end   where the integration starts and stops (0 and None: see `diffuse`, `end_time`)
+    velocity         x̂ is the most likely token ("argmax"), a drawn one ("sample") or the mean
+                     ("expectation"); guidance: w of Eq. 7
+    t_start, t_end   where the integration starts and stops: see `diffuse` and `end_time`
     atol, rtol       tolerances of the adaptive solvers; max_evaluations: their cap per token
     ValueError: a setting with an impossible value, or one that does not exist."""
     model_type = "l2d"
 
-    def __init__(self, base_model="", text_config=None, class_names=(), base_revision=None,
-                 base_checksum=None, **kwargs):
-        if isinstance(class_names, str) or len({*class_names}) < len(class_names):
-            raise ValueError(f"class_names={class_names!r} must be a list of different names")
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
+    def __init__(self, base_model="", **kwargs):
         settings = {name: kwargs.pop(name, value) for name, value in DEFAULTS.items()}
-        if not kwargs.get("self_condition", True):          # what old folders say, all of them
-            del kwargs["self_condition"]
+        vars(self).update(settings, base_model=base_model)
+        names = self.class_names
+        if isinstance(names, str) or len({*names}) < len(names):
+            raise ValueError(f"class_names={names!r} must be a list of different names")
+        self.class_names = list(names)
+        if isinstance(self.text_config, dict):
+            self.text_config = AutoConfig.for_model(**self.text_config)
         known = vars(transformers.PreTrainedConfig()).keys() | KNOWN_TO_LIBRARY
         if unknown := kwargs.keys() - known:
             raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-        vars(self).update(settings, base_model=base_model, base_revision=base_revision,
-                          base_checksum=base_checksum, text_config=text_config,
-                          class_names=list(class_names))
         check_settings(self)
         super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
+        if (kind := config_dict.get("model_type", "l2d")) != "l2d":
+            raise ValueError(f"a model of type {kind!r} is no trained path: train one on it with "
+                             "train.py --model")
+        config_dict = {name: value for name, value in config_dict.items()
+                       if name not in ("init", "proposals")     # of older folders, as is this:
+                       and (name, value) != ("self_condition", False)}
         if "base_model" in kwargs:                          # another base has other commits
-            config_dict = {**config_dict, "base_revision": None}
+            config_dict["base_revision"] = None
         return super().from_dict(config_dict, **kwargs)
-
-    def check_base(self, base):
-        """ValueError: a base (its configuration) that this path cannot run on."""
-        check_settings(self)
-        if base.model_type not in SUPPORTED:
-            raise ValueError(f"{base.model_type!r} is not a supported architecture; supported: "
-                             f"{', '.join(SUPPORTED)}")
-        if self.path != "lora" and hasattr(base, "quantization_config"):
-            raise ValueError(f"path={self.path} needs a base that is not quantised: use lora")
-        self.text_config = base
 
     def get_text_config(self, *args, **kwargs):
         """What `generate` makes its cache for: the base, with every key kept. A cache that drops
@@ -689,87 +647,56 @@ def check_steps(solver, steps):
                          f"{cost}n + 1; the nearest are {below} and {below + cost}")
 
 def check_settings(s, steps=None):
-    """ValueError: names the first setting with an impossible value, and says what is possible.
-    steps takes the place of the setting."""
+    """ValueError: the first setting with an impossible value. steps replaces s.steps if given."""
     def require(good, name, rule):
         if not good:
             raise ValueError(f"{name}={getattr(s, name)!r} {rule}")
+    def number(name):                                       # NaN if it is none
+        value = getattr(s, name)
+        return value if isinstance(value, (int, float)) and abs(value) < math.inf else math.nan
     for name, known in CHOICES.items():
         require(getattr(s, name) in known, name, f"is unknown; use one of {', '.join(known)}")
-    for name in ("dim", "cond_dim", "lora_rank", "max_evaluations"):
-        value = getattr(s, name)
-        require(isinstance(value, int) and value > 0, name, "must be a positive whole number")
-    positive = ("sigma", "lora_alpha", "atol", "rtol")
-    for name in (*positive, "class_dropout", "proposals", "guidance", "t_start"):
-        value = getattr(s, name)
-        good = isinstance(value, (int, float)) and 0 <= value < math.inf
-        require(good and (value > 0 or name not in positive), name,
-                "must be a positive number" if name in positive else "must be a number, 0 or more")
+    for name, least in dict(dim=1, cond_dim=2, lora_rank=1, max_evaluations=2).items():
+        require(isinstance(getattr(s, name), int) and number(name) >= least, name,
+                f"must be a whole number, {least} or more")
     require(s.cond_dim % 2 == 0, "cond_dim", "must be even: half are sines, half cosines of t")
-    require(s.class_dropout <= 1, "class_dropout", "must lie in [0, 1]")
-    require(s.proposals <= 1, "proposals", "must lie in [0, 1]")
-    require(s.max_evaluations >= 2, "max_evaluations", "must be 2 or more: first and answer")
-    none = s.guidance != 1 and not s.class_names
-    require(not none, "guidance", "needs classes, and this model has none: use 1")
+    for name in ("sigma", "lora_alpha", "atol", "rtol"):
+        require(number(name) > 0, name, "must be a positive number")
+    require(0 <= number("class_dropout") <= 1, "class_dropout", "must lie in [0, 1]")
+    require(number("guidance") >= 0, "guidance", "must be a number, 0 or more")
+    require(s.guidance == 1 or s.class_names, "guidance",
+            "needs classes, and this model has none: use 1")
     check_steps(s.solver, s.steps if steps is None else steps)
     touches_end = TABLEAUS[s.solver].c[-1] == 1             # at 1, the velocity divides by 0
-    possible = s.t_end is None or 0 < s.t_end < 1 or (s.t_end == 1 and not touches_end)
-    limit = "below" if touches_end else "at most"
-    require(possible, "t_end", f"is not possible with {s.solver}: it must be above 0 and {limit} 1")
-    require(0 <= s.t_start < end_time(s), "t_start", f"must lie in [0, {end_time(s):g})")
+    possible = s.t_end is None or 0 < number("t_end") < 1 or s.t_end == 1 and not touches_end
+    require(possible, "t_end", f"must lie in (0, {'1)' if touches_end else '1]'} for {s.solver}")
+    require(0 <= number("t_start") < end_time(s), "t_start", f"must lie in [0, {end_time(s):g})")
 
 # ---- Table 8's alternatives to LoRA --------------------------------------------------------------
 
 class OwnLinear(Linear):
-    """A copy of the LM's layer `base`, or one that starts anew, with weights of deviation `std`.
-    forward takes `base` only to match LoRALinear."""
+    """A trained copy of the LM's layer `base`, or a new one (config.path = "scratch"). forward
+    takes `base` only to match LoRALinear."""
 
-    def __init__(self, base, std=None):
+    def __init__(self, base, config):
         super().__init__(base.in_features, base.out_features, base.bias is not None)
         self.to(base.weight.device).load_state_dict(base.state_dict())
-        if std is not None:
-            nn.init.normal_(self.weight, std=std)
+        if config.path == "scratch":
+            nn.init.normal_(self.weight, std=config.text_config.initializer_range)
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
     def forward(self, x, base):
         return super().forward(x)
 
-def path_linear(config, base):
-    """The path's version of the LM's linear layer `base`."""
-    if config.path == "lora":
-        return LoRALinear(base, config.lora_rank, config.lora_alpha)
-    std = config.text_config.initializer_range
-    return OwnLinear(base, std if config.path == "scratch" else None)
-
-# ---- The cache -----------------------------------------------------------------------------------
-
-class CachedPath(DiffusionPath):
-    """A path in evaluation mode, with what depends on weights alone computed once: a copy of the
-    blocks in the LM's dtype, and the vocabulary's table. All else is the path's own."""
-
-    def __init__(self, path, dtype):
-        nn.Module.__init__(self)
-        self.config, self.null, self.rows = path.config, path.null, None
-        for name, module in path.named_children():
-            setattr(self, name, module)
-        if dtype != torch.float32:
-            self.blocks = copy.deepcopy(path.blocks).to(dtype)
-
-    def table(self, embedding):
-        if self.rows is None:
-            self.rows = super().table(embedding)
-        return self.rows
-
 # ---- The model -----------------------------------------------------------------------------------
 
-OUTPUTS = CausalLMOutputWithPast.__dataclass_fields__
-CACHE = "cache" if "cache" in OUTPUTS else "past_key_values"    # renamed in transformers 5.24
+# Renamed in transformers 5.24:
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
 
 @dataclass
 class L2DOutput(CausalLMOutputWithPast):
-    """A causal LM's output. For each position, int64 [B, N]: the evaluations of the path, and in
-    how many passes they were made."""
+    """A causal LM's output, with the evaluations of the path and their passes, int64 [B, N]."""
     evaluations: torch.Tensor | None = None
     passes: torch.Tensor | None = None
 
@@ -779,20 +706,23 @@ def kept_columns(keep):
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 def per_row(values, name, columns):
-    """Whole numbers [B], or one for all rows, as int64 in the shape of columns [B, N]. ValueError:
-    others."""
+    """Whole numbers [B], or one for all rows, as int64 like columns [B, N]. ValueError: others."""
     values = torch.as_tensor(values, device=columns.device)
-    if values.dim() == 0:
-        values = values.expand(len(columns))
-    if values.shape != columns.shape[:1] or values.is_floating_point():
+    if values.is_floating_point() or values.shape not in (torch.Size(), columns.shape[:1]):
         raise ValueError(f"{name} must be {len(columns)} whole numbers, one for each row: not "
                          f"{values.tolist()}")
-    return values.long()[:, None].expand_as(columns)
+    return values.long().expand(len(columns))[:, None].expand_as(columns)
 
-def check_whole(base):
-    """ValueError: no base, or one with adapters in it or on several devices."""
+def check_base(config, base):
+    """ValueError: settings or a base that a path cannot have."""
+    check_settings(config)
     if base is None:
         raise ValueError("a path needs its base: L2D.from_pretrained(FOLDER), or L2D(config, base)")
+    if base.config.model_type not in SUPPORTED:
+        raise ValueError(f"{base.config.model_type!r} is not a supported architecture; supported: "
+                         f"{', '.join(SUPPORTED)}")
+    if config.path != "lora" and hasattr(base.config, "quantization_config"):
+        raise ValueError(f"path={config.path} needs a base that is not quantised: use lora")
     if hasattr(base, "peft_type") or any(hasattr(m, "base_layer") for m in base.modules()):
         raise ValueError("the base holds adapters: merge them, base = base.merge_and_unload(), and "
                          "save it, so that the path can find it again")
@@ -803,9 +733,8 @@ def check_whole(base):
 def checksum(base):
     """A checksum of the base's settings, shapes and four rows of every tensor, as bfloat16, so that
     it is the same in float32. None: a base in another format (quantised, float16) or on "meta"."""
-    settings = ("hidden_act", "num_attention_heads", "rms_norm_eps", "rope_parameters",
-                "sliding_window")
-    settings = {name: getattr(base.config, name, None) for name in settings}
+    settings = {name: getattr(base.config, name, None) for name in (
+        "hidden_act", "num_attention_heads", "rms_norm_eps", "rope_parameters", "sliding_window")}
     found = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
     for name, p in sorted(base.named_parameters()):
         if p.is_meta or p.dtype not in (torch.float64, torch.float32, torch.bfloat16):
@@ -817,12 +746,33 @@ def checksum(base):
     return f"{found:08x}"
 
 def cached_commit(name):
-    """The commit of a hub model's main branch in the cache. None: a folder, or not there."""
+    """The commit of a hub model in the cache. None: a folder, not there, or there in several
+    commits, as the library does not say which of them was loaded."""
     try:
         file = transformers.utils.cached_file(name, "config.json", local_files_only=True)
     except (OSError, ValueError):
         return None
-    return extract_commit_hash(file, None)
+    alone = len(os.listdir(os.path.dirname(os.path.dirname(file)))) == 1
+    return extract_commit_hash(file, None) if alone else None
+
+def check_inputs(keep, input_ids, attention_mask, position_ids, cache):
+    """ValueError: inputs of `L2D.read` that are impossible, or that would be misread."""
+    mask = torch.is_tensor(keep) and keep.dtype == torch.bool
+    if not mask and (type(keep) is not int or keep < 0):
+        raise ValueError(f"logits_to_keep={keep} must be a number of last positions, or 0 for all")
+    if type(cache) is not DynamicCache or any(cache.is_sliding):
+        raise ValueError("past_key_values must keep all keys, also those outside a sliding window: "
+                         f"pass DynamicCache(), not a {type(cache).__name__} of another kind")
+    shape = [len(input_ids), int(cache.get_seq_length()) + input_ids.shape[1]]
+    if attention_mask is None:
+        if position_ids is not None and (position_ids.diff() < 1).any():
+            raise ValueError("position_ids do not rise along a row: if it packs several examples, "
+                             "give each a row of its own, or one would read the other")
+    elif list(attention_mask.shape) != shape:
+        raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must be {shape}")
+    elif not mask and keep and (attention_mask[:, -1] < attention_mask.amax(1)).any():
+        raise ValueError("a row ends in padding, and its next token would follow that; pad on the "
+                         "left to generate")
 
 class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     """A frozen causal LM (`base`) and its diffusion path (`path`). To `generate`, pipelines and
@@ -835,8 +785,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
     accepts_loss_kwargs = True              # so that Trainer passes num_items_in_batch
 
     def __init__(self, config, base=None):
-        check_whole(base)
-        config.check_base(base.config)
+        check_base(config, base)
+        config.text_config = base.config
         config.base_model = config.base_model or base.name_or_path
         config.base_revision = config.base_revision or cached_commit(config.base_model)
         known, found = config.base_checksum, checksum(base)
@@ -850,37 +800,13 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         self.generation_config = copy.deepcopy(base.generation_config)
         self.generation_config.disable_compile = True   # else `generate` would compile all of this
         with base.device:
-            self.path = DiffusionPath(config, base.model.layers, partial(path_linear, config))
-            if config.init == "tied":
-                self.start_tied()
-        self.cached = None                              # or (stamp of the weights, CachedPath)
-        self.trained = {name: getattr(config, name) for name in TRAINED}
+            linear = LoRALinear if config.path == "lora" else OwnLinear
+            self.path = DiffusionPath(config, base.model.layers, linear)
+        self.cached = None                              # or (stamp of the weights, path)
         self.post_init()
 
     def init_weights(self):
         """Nothing to do: the path initialises itself, and the base must not be touched."""
-
-    @torch.no_grad()
-    def start_tied(self):
-        """config.init = "tied": x_embedder begins as f = M x_t. All x_1 have one length, so Bayes'
-        rule takes from x_t only the scores x_1(j)·x_t of the tokens j. The LM's head gives f the
-        scores head_j·f. So M solves head_j·M ≈ x_1(j), by least squares over many tokens. f has the
-        size of the LM's hidden state; otherwise f would be lost in it until w(t) has grown."""
-        head, (first, _, last) = self.base.lm_head.weight, self.path.x_embedder
-        n = min(len(head), 4 * head.shape[1])
-        ids = torch.linspace(0, len(head) - 1, n, device=head.device).long()
-        x_1, head = self.path.vocabulary(self.base.model.embed_tokens(ids)), head[ids].float()
-        A = head.T @ head
-        A.diagonal().add_(1e-3 * A.diagonal().mean())   # there may be fewer tokens than D
-        M = torch.linalg.solve(A, head.T @ x_1)                                 # [D, d]
-        # The size, as a root mean square, on a text of about 64 such tokens.
-        hidden = self.run_base(ids[None, ::n // 64 + 1], None, None, DynamicCache()).float()
-        M *= hidden.pow(2).mean(-1).sqrt().median() * math.sqrt(len(M)) / M.norm()
-        nn.init.orthogonal_(first.weight, gain=0.3)     # small, as SiLU(x) is near x/2 there
-        last.weight.copy_(2 / 0.3**2 * M @ first.weight.T)
-
-    # The cache's one rule: it exists in evaluation mode alone, and train(), eval() and every change
-    # of a weight that torch counts drop it.
 
     def train(self, mode=True):
         super().train(mode)
@@ -889,28 +815,29 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         return self
 
     def current_path(self):
-        """The path to evaluate with. (Edits through `p.data` are invisible: call eval() after.)"""
+        """The path to evaluate with: in evaluation mode a copy, with its blocks in the LM's dtype
+        and one table. train(), eval() and every change of a weight that torch counts drop it.
+        (Edits through `p.data` are invisible: call eval() after.)"""
         weights = [*self.path.parameters(), self.base.get_input_embeddings().weight]
         if self.training or any(p.is_inference() for p in weights):
             return self.path                    # (torch counts no changes of inference tensors)
         stamp = [(p.data_ptr(), p._version, p.dtype) for p in weights]
         if self.cached is None or self.cached[0] != stamp:
-            self.cached = stamp, CachedPath(self.path, self.base.dtype)
+            path = copy.deepcopy(self.path)
+            path.blocks.to(self.base.dtype)
+            path.config, path.table = self.config, lru_cache(self.path.table)
+            self.cached = stamp, path
         return self.cached[1]
-
-    # Reading the context with the frozen LM
 
     @torch.no_grad()
     def run_base(self, input_ids, attention_mask, position_ids, cache):
-        """Run the LM over S new tokens; the cache grows by S. Returns the hidden state before its
-        final norm [B, S, D]. The path is added there, and the library returns it only normed.
-        ValueError: under autocast."""
+        """Run the LM over S new tokens; the cache grows by S. Returns its last hidden state
+        [B, S, D] without the final norm, which comes after the path. ValueError: under autocast."""
         if torch.is_autocast_enabled(self.device.type):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
         lm, caught, thread = self.base.model, [], threading.get_ident()
-        if any(layer.self_attn.training for layer in lm.layers):        # dropout, that is
-            self.base.eval()                            # (not always: it visits every module)
+        self.base.eval()                                # whatever was called on it: no dropout
 
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
@@ -925,15 +852,15 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         """Run the LM once and return the Context of the positions `keep`: how many of the last, 0
         for all, or a mask, bool [B, S]. N is the most that a row keeps; a row with fewer gets
         others, as filler. class_ids, seeds: int64 [B]; None: no class, and random seeds."""
-        (B, S), device = input_ids.shape, input_ids.device
+        if input_ids is None or input_ids.shape[1] == 0:
+            raise ValueError("the input is empty; give input_ids with at least one token in every "
+                             "row, such as the start of a text")
         cache = DynamicCache() if cache is None else cache
-        past = int(cache.get_seq_length())
+        check_inputs(keep, input_ids, attention_mask, position_ids, cache)
+        (B, S), device, past = input_ids.shape, input_ids.device, int(cache.get_seq_length())
         every = torch.arange(S, device=device).expand(B, S)
         columns = kept_columns(keep) if torch.is_tensor(keep) else every[:, -keep:]     # [B, N]
         position_ids = past + every if position_ids is None else position_ids.expand(B, S)
-        if attention_mask is None and (position_ids.diff() < 1).any():
-            raise ValueError("position_ids do not rise along a row: if it packs several examples, "
-                             "give each a row of its own, or one would read the other")
         hidden = self.run_base(input_ids, attention_mask, position_ids, cache)
         def kept(x):                                    # [B, S, ..] -> [B, N, ..]
             return x[torch.arange(B, device=device)[:, None], columns]
@@ -941,27 +868,28 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         cos, sin = map(kept, self.base.model.rotary_emb(hidden, position_ids))
         if seeds is None:
             seeds = torch.randint(2**62, (B,))              # on the CPU: MPS has no random int64
-        if class_ids is not None or self.config.class_names:
-            class_ids = per_row(self.check_classes(class_ids, B), "class_ids", columns)
-        layers = cache.layers
-        masks, kinds = self.make_masks(past + columns, layers[0].keys.shape[2], attention_mask)
+        names = self.config.class_names
+        if class_ids is not None or names:
+            class_ids = len(names) if class_ids is None else class_ids
+            class_ids = per_row(class_ids, "class_ids", columns)
+            if not names or class_ids.min() < 0 or class_ids.max() > len(names):
+                raise ValueError(f"class_ids={class_ids[:, 0].tolist()} must lie in "
+                                 f"0..{len(names)}, the last for no class; the classes are {names}")
+        masks, kinds = self.make_masks(past + columns, past + S, attention_mask)
         return Context(
             lm=self.base, main_hidden=kept(hidden), cos=cos[:, :, None], sin=sin[:, :, None],
-            keys=[layer.keys for layer in layers], values=[layer.values for layer in layers],
+            keys=[layer.keys for layer in cache.layers],
+            values=[layer.values for layer in cache.layers],
             masks=masks, kinds=kinds, seeds=per_row(seeds, "seeds", columns),
             positions=kept(position_ids).long(), class_ids=class_ids)
 
     def read_labelled(self, input_ids, labels, attention_mask=None, position_ids=None,
                       class_ids=None, seeds=None):
         """The Context of the labelled positions and their targets, int64 [B, N], −100 in filler.
-        Other positions do not pass through the path. ValueError: no label, or labels of another
-        shape; a base that would be trained, too."""
-        if any(p.requires_grad for p in self.base.parameters()):
-            raise ValueError("the base must stay frozen: call model.base.requires_grad_(False), "
-                             "and put no adapters (PEFT) on an L2D model")
+        Other positions do not pass through the path. ValueError: no label, or another shape."""
+        check_base(self.config, self.base)
         if input_ids is None or labels.shape != input_ids.shape:
             raise ValueError("labels need input_ids of the same shape")
-        self.check_inputs(input_ids, attention_mask, DynamicCache(), 0)
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).long()
         keep = following != IGNORE
         if not keep.any():
@@ -972,15 +900,13 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         return context, following.gather(1, kept_columns(keep))
 
     def make_masks(self, columns, length, attention_mask):
-        """For every kind of attention [B, 1, N·G, L], 0 or −inf: the query at a column sees the
-        keys up to its own, except padding and what lies outside a sliding window. And the kind of
-        every layer."""
+        """For every kind of attention [B, N, G, L], 0 or −inf: the query at a column sees keys up
+        to its own, but no padding, and in a sliding window only that. And every layer's kind."""
         config, query = self.base.config, columns[:, :, None]                           # [B, N, 1]
         key = torch.arange(length, device=columns.device)                               # [L]
         visible = key <= query
         if attention_mask is not None:
-            unused = length - attention_mask.shape[1]           # of a static cache
-            visible = visible & F.pad(attention_mask.bool(), (0, unused))[:, None]
+            visible = visible & attention_mask[:, None].bool()
         visible = visible | (key == query)                  # else a query on padding would be NaN
         window = getattr(config, "sliding_window", None) or math.inf
         kinds = getattr(config, "layer_types", None)            # without it, all have the window
@@ -990,50 +916,33 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             within = key > query - (window if kind == "sliding_attention" else math.inf)
             mask = torch.zeros(visible.shape, dtype=self.base.dtype, device=columns.device)
             mask = mask.masked_fill(~(visible & within), -math.inf)
-            masks[kind] = mask.repeat_interleave(G, dim=1)[:, None]
+            masks[kind] = mask[:, :, None].repeat_interleave(G, dim=2)
         return masks, kinds
-
-    def check_classes(self, class_ids, B):
-        """Class numbers [B]; without class_ids, the null class. ValueError: no such class."""
-        names = self.config.class_names
-        class_ids = torch.as_tensor([len(names)] * B if class_ids is None else class_ids)
-        if not names or class_ids.min() < 0 or class_ids.max() > len(names):
-            known = ", ".join(names) or "none: this model was trained without"
-            raise ValueError(f"class_ids={class_ids.tolist()} must lie in 0..{len(names)}, where "
-                             f"{len(names)} means no class; the classes are {known}")
-        return class_ids
-
-    # A causal LM's forward
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
                 labels=None, use_cache=None, logits_to_keep=0, steps=None, class_ids=None,
-                seeds=None, num_items_in_batch=None, cache=None, **others):
+                seeds=None, num_items_in_batch=None, **others):
         """With labels [B, S] (labels[:, k + 1] is the target at k, −100 for none): the loss, a mean
-        over targets, or a sum over num_items_in_batch. A loss with gradients switches to training
-        mode, as an optimizer is about to change the weights. Without labels: next-token logits
-        [B, N, V] of the last N = logits_to_keep positions (0: of all), after `steps` evaluations,
-        in parallel. input_ids int64 [B, S]; attention_mask [B, past + S], 0 on padding; class_ids,
-        seeds: int64 [B]. cache is the library's newer name for past_key_values. Of other arguments,
-        those that change nothing here are taken. ValueError: bad values; TypeError: unknown
-        arguments."""
+        over targets, or a sum over num_items_in_batch. With gradients, it turns to training mode.
+        Without labels: next-token logits [B, N, V] of the last N = logits_to_keep positions (0: of
+        all), after `steps` evaluations, in parallel. input_ids int64 [B, S]; attention_mask
+        [B, past + S], 0 on padding; class_ids, seeds: int64 [B]. cache is the library's newer name
+        for past_key_values. ValueError: bad values; TypeError: unknown arguments."""
+        cache = others.pop("cache", None) if past_key_values is None else past_key_values
         given = {name for name, value in others.items() if value is not None and value is not False}
         unknown = given - {"return_dict", "cache_position", "tokenizer"}       # from `generate`
         if unknown:
             raise TypeError(f"forward() has no argument {', '.join(sorted(unknown))}")
-        caches = [c for c in (past_key_values, cache) if c is not None]
-        if len(caches) > 1:
-            raise ValueError("past_key_values and cache are two names of one argument: give one")
         if labels is not None:
-            if caches or steps is not None or logits_to_keep:
+            if cache is not None or steps is not None or logits_to_keep:
                 raise ValueError("labels take no past_key_values, steps or logits_to_keep: the "
                                  "loss is of whole sequences, at random times")
             if torch.is_grad_enabled():
                 self.train()
-            losses, _ = diffusion_losses(self.path, *self.read_labelled(
+            losses = diffusion_losses(self.path, *self.read_labelled(
                 input_ids, labels, attention_mask, position_ids, class_ids, seeds))
             return L2DOutput(loss=losses.sum() / (num_items_in_batch or len(losses)))
-        cache = caches[0] if caches else DynamicCache()
-        self.check_inputs(input_ids, attention_mask, cache, logits_to_keep)
+        cache = DynamicCache() if cache is None else cache
         T = self.config.steps if steps is None else steps
         check_settings(self.config, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
@@ -1041,114 +950,61 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         context = self.read(logits_to_keep, input_ids, attention_mask, position_ids, cache,
                             class_ids, seeds)
         logits, evaluations, passes = diffuse(self.current_path(), context, T)
-        failed = (~logits.amax(-1).isfinite()).nonzero()
-        if len(failed):
-            row, n = failed[0].tolist()
-            raise RuntimeError(f"NaN or inf in row {row}, position {context.positions[row, n]}: "
-                               "look for such numbers in the weights of the base and of the path; "
-                               "float16 also overflows")
+        if not logits.amax(-1).isfinite().all():
+            raise RuntimeError("the logits hold NaN or inf: look for such numbers in the weights "
+                               "of the base and of the path; float16 also overflows")
         return L2DOutput(logits=logits, evaluations=evaluations, passes=passes,
                          **{CACHE: cache if use_cache is not False else None})
 
-    @staticmethod
-    def check_inputs(input_ids, attention_mask, cache, logits_to_keep):
-        """ValueError: says which of them is wrong, and what it must be."""
-        if input_ids is None or input_ids.shape[1] == 0:
-            raise ValueError("the input is empty; give input_ids with at least one token in every "
-                             "row, such as the start of a text")
-        if type(logits_to_keep) is not int or logits_to_keep < 0:
-            raise ValueError("logits_to_keep must be how many of the last positions, or 0 for all: "
-                             f"not {logits_to_keep}")
-        shape = [len(input_ids), int(cache.get_seq_length()) + input_ids.shape[1]]
-        if attention_mask is not None and list(attention_mask.shape) != shape:
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions, "
-                             f"{list(attention_mask.shape)}; it must be {shape}")
-        if attention_mask is not None and logits_to_keep and (
-                ~attention_mask[:, -1].bool() & attention_mask.any(1)).any():   # not in all of it
-            raise ValueError("a row ends in padding, and its next token would follow that; pad on "
-                             "the left to generate")
-        if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            raise ValueError("past_key_values drops keys outside a sliding window, and the path "
-                             "needs them; pass DynamicCache()")
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask=None, **kwargs):
-        """`generate` would build 4D masks for a static cache; the base builds its own from this."""
-        return attention_mask
-
-    def _get_candidate_generator(self, generation_config, model_kwargs, **kwargs):
-        """An assistant drafts as `generate` asks, but knows nothing of this path's arguments."""
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError("assistant_early_exit would cut layers off the base: leave it out")
-        others = {name: value for name, value in model_kwargs.items()
-                  if name not in ("steps", "class_ids", "seeds")}
-        return super()._get_candidate_generator(generation_config, model_kwargs=others, **kwargs)
-
-    def init_continuous_batching(self, *args, **kwargs):
-        raise ValueError("continuous batching (generate_batch) hands out no keys, which the path "
-                         "needs at every evaluation: use generate")
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError("the base of a path stays as it is: resize it before, and save it")
-
     # Saving and loading
 
-    def save_pretrained(self, save_directory, state_dict=None, max_shard_size=None, **kwargs):
+    def save_pretrained(self, save_directory, state_dict=None, is_main_process=True, **kwargs):
         """Write the path (safetensors), a configuration that names the base, and this file; never
         the base. A base in a local folder is named relative to save_directory: both can move
-        together. state_dict, which the library's Trainer passes, is not used: it is the path's own.
-        ValueError: what would make files that cannot be loaded."""
+        together. state_dict comes from the library's Trainer: it is the path's own. ValueError:
+        what would make files that cannot be loaded."""
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; name a folder to save into")
-        tensors, most = self.path.state_dict(), convert_file_size_to_int(max_shard_size or "1000GB")
-        refused = any(map(kwargs.get, ("variant", "distributed_checkpoint", "push_to_hub")))
-        if refused or sum(t.nbytes for t in tensors.values()) > most:
-            raise ValueError("a path is saved as one file: leave out max_shard_size, variant, "
-                             "distributed_checkpoint and push_to_hub")
-        check_whole(self.base)
-        changed = [name for name in TRAINED if getattr(self.config, name) != self.trained[name]]
-        if changed:
-            raise ValueError(f"{', '.join(changed)} belong to the training of this path, and have "
-                             "changed since it was made: set them back")
+        if given := {name for name, value in kwargs.items() if value} - {"safe_serialization"}:
+            raise ValueError(f"a path is saved as one file: leave out {', '.join(sorted(given))}")
+        check_base(self.config, self.base)
+        self.config.base_checksum = checksum(self.base) or self.config.base_checksum
         base_model = self.config.base_model
         if os.path.isdir(base_model):
-            with suppress(ValueError):                  # it lies on another drive of Windows
-                relative = os.path.relpath(base_model, save_directory)
-                self.config.base_model = relative.replace(os.sep, "/")
-        self.config.base_checksum = checksum(self.base) or self.config.base_checksum
+            relative = os.path.relpath(base_model, save_directory)
+            self.config.base_model = relative.replace(os.sep, "/")
         try:
-            super().save_pretrained(save_directory, state_dict=tensors, **kwargs)
+            super().save_pretrained(save_directory, state_dict=self.path.state_dict(),
+                                    is_main_process=is_main_process, max_shard_size="1000GB")
         finally:
             self.config.base_model = base_model
 
-    def push_to_hub(self, *args, **kwargs):
-        raise ValueError("upload the folder of the path, which holds its card: hf upload NAME "
-                         "FOLDER. Its config.json must name a base_model that is on the hub")
+    def refuse(self, *args, **kwargs):
+        raise ValueError("not possible with a path: use `generate` without an assistant; upload "
+                         "its folder by `hf upload NAME FOLDER`; resize and save the base before")
+
+    push_to_hub = resize_token_embeddings = refuse
+    init_continuous_batching = _get_candidate_generator = refuse
 
     @classmethod
     def from_pretrained(cls, name_or_path, base=None, config=None, **kwargs):
         """Load a trained path, and its base unless given: a folder or hub name -> L2D in evaluation
-        mode. Arguments that name settings change them (steps=127); revision is the path's; the
-        rest (dtype, device_map, ..) goes to the base. ValueError: a base or tensors that do not
-        fit; OSError: nothing there."""
+        mode. Settings (steps=127) and a revision are the path's; the rest (dtype, device_map, ..)
+        goes to the base. ValueError: a base or tensors that do not fit; OSError: nothing there."""
         for name in ("trust_remote_code", "code_revision", "adapter_kwargs", "_commit_hash",
-                     "_from_auto", "output_loading_info", "state_dict"):
-            if kwargs.pop(name, None) and name in ("output_loading_info", "state_dict"):
-                raise ValueError(f"{name} is not possible: all tensors of a path must be in its "
-                                 "folder, and fit")
+                     "_from_auto"):                     # the auto class adds these
+            kwargs.pop(name, None)
+        if kwargs.keys() & {"output_loading_info", "state_dict"}:
+            raise ValueError("output_loading_info and state_dict are not possible: all tensors of "
+                             "a path must be in its folder, and fit")
         hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
         hub |= {key: kwargs[key] for key in shared if key in kwargs}
         changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
         if config is None:
-            config, _ = transformers.PreTrainedConfig.get_config_dict(name_or_path, **hub)
-            if (kind := config.get("model_type")) != "l2d":
-                raise ValueError(f"{name_or_path} holds a model of type {kind!r} and no trained "
-                                 "path: train one on it with train.py --model")
-            config = L2DConfig.from_dict(config, **changes)
+            config = L2DConfig.from_pretrained(name_or_path, **hub, **changes)
         else:
-            config.update(changes)
-        config.name_or_path = str(name_or_path)
+            config = L2DConfig.from_dict(config.to_dict(), **changes)
         moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
         if config.base_model and os.path.isdir(moved):
             config.base_model = moved
@@ -1167,28 +1023,20 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def load_path(self, tensors):
         """Copy tensors (name -> tensor) into the path. ValueError: names all that do not fit."""
-        ours = {name: p.shape for name, p in self.path.state_dict().items()}
-        wrong = [f"{name} is {'missing' if name in ours else 'unknown'}"
-                 for name in sorted(ours.keys() ^ tensors.keys())]
-        for name in sorted(ours.keys() & tensors.keys()):
-            if tensors[name].shape != ours[name]:
-                wrong.append(f"{name} is {list(tensors[name].shape)}, not {list(ours[name])}")
-            elif not tensors[name].isfinite().all():
-                wrong.append(f"{name} holds NaN or inf")
-        if wrong:
-            raise ValueError("the tensors do not fit this model: " + "; ".join(wrong))
-        return self.path.load_state_dict(tensors)
+        if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"the tensors hold NaN or inf: {', '.join(wrong)}")
+        try:
+            return self.path.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"the tensors do not fit this model: {error}") from None
 
 def load_base(config, **kwargs):
     """The base of a path, in the dtype of training unless given; without code of its own."""
     if not config.base_model:
-        raise ValueError(f"{config.name_or_path} is no trained path, or does not name its base; "
-                         "then load that yourself and pass it as base=")
+        raise ValueError("this path does not name its base: load that yourself, and give base=")
     if kwargs.get("dtype") in (None, "auto") and "torch_dtype" not in kwargs:
         kwargs["dtype"] = config.dtype
-    if os.path.isdir(config.base_model):                # it may be a path itself, even this one
-        config.check_base(AutoConfig.from_pretrained(config.base_model, trust_remote_code=False))
-    else:
+    if not os.path.isdir(config.base_model):
         kwargs["revision"] = config.base_revision
     return AutoModelForCausalLM.from_pretrained(config.base_model, trust_remote_code=False,
                                                 **kwargs)

@@ -44,7 +44,7 @@ from transformers.generation.streamers import BaseStreamer
 import l2d
 import sample as sample_script
 import train as train_script
-from l2d import (L2D, TABLEAUS, CachedPath, DiffusionPath, DiffusionVocabulary, L2DConfig,
+from l2d import (L2D, TABLEAUS, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, diffuse, end_time, estimate, normal, solve_adaptive, solve_fixed,
                  uniform)
 from support import chats, console, processes, tiny
@@ -112,7 +112,7 @@ def read(model, ids=IDS, keep=None, seeds=SEEDS, class_ids=None):
 
 
 def token_losses(model, input_ids, labels, **others):
-    """Losses [M] and times [M] of the labelled positions."""
+    """Losses [M] of the labelled positions."""
     return l2d.diffusion_losses(model.path, *model.read_labelled(input_ids, labels, **others))
 
 
@@ -260,18 +260,18 @@ def naive_losses(model, ids, labels, seed, g):
     (dict(solver="heun"),
      "solver='heun' is unknown; use one of euler, midpoint, rk4, fehlberg2, bosh3"),
     (dict(sigma=0), "sigma=0 must be a positive"),
-    (dict(lora_rank=0), "lora_rank=0 must be a positive"),
+    (dict(lora_rank=0), "lora_rank=0 must be a whole number, 1 or more"),
     (dict(cond_dim=33), "cond_dim=33 must be even"),
     (dict(class_dropout=1.5), r"class_dropout=1.5 must lie in \[0, 1\]"),
     (dict(guidance=-0.5), "guidance=-0.5 must be a number, 0 or more"),
     (dict(guidance=1.5, class_names=()), "guidance=1.5 needs classes"),
-    (dict(t_end=0), "t_end=0 is not possible with midpoint: it must be above 0 and at most 1"),
-    (dict(t_end=1.5), "t_end=1.5 is not possible with midpoint"),
+    (dict(t_end=0), r"t_end=0 must lie in \(0, 1\] for midpoint"),
+    (dict(t_end=1.5), r"t_end=1.5 must lie in \(0, 1\] for midpoint"),
     (dict(t_start=1.0), r"t_start=1.0 must lie in \[0, 1\)"),
-    (dict(t_start=-0.1), r"t_start=-0.1 must be a number, 0 or more"),
+    (dict(t_start=-0.1), r"t_start=-0.1 must lie in \[0, 1\)"),
     (dict(t_start=0.5, t_end=0.4), r"t_start=0.5 must lie in \[0, 0.4\)"),
     (dict(t_end=1.0, solver="rk4", steps=5),
-     "t_end=1.0 is not possible with rk4: it must be above 0 and below 1"),
+     r"t_end=1.0 must lie in \(0, 1\) for rk4"),
     (dict(steps=4), "steps=4 is not possible with midpoint, which needs steps = 2n . 1; "
      "the nearest are 3 and 5"),
 ])
@@ -468,32 +468,6 @@ def test_initial_values():
             std = math.sqrt(2 / sum(p.shape))
             assert p.abs().max() <= math.sqrt(3) * std * (1 + 1e-6), name
         assert p.std().item() == pytest.approx(std, rel=0.15), name
-
-
-@pytest.mark.parametrize("cond_dim", [16, 48, 8])
-@pytest.mark.parametrize("tied", [True, False])
-@torch.no_grad()
-def test_a_tied_start_scores_tokens_as_bayes_does(tied, cond_dim):
-    """Token j's logit of f alone is x_1(j)·x_t, as far as any f = M x_t can have the head give it:
-    for a tied head all but entirely. With C < d, f sees a projection of x_t. T = 1 stays the base's."""
-    base = tiny_base(tie_word_embeddings=tied)
-    model = tiny_l2d(base=base, perturb=False, init="tied", cond_dim=cond_dim)
-    embed, x = model.path.x_embedder, torch.randn(500, 16)
-    first = embed[0].weight / 0.3
-    seen = x @ first.T @ first
-    assert torch.allclose(seen, x, atol=1e-5) == (cond_dim >= 16)
-    x_1, head = table(model), base.lm_head.weight
-    best = seen @ torch.linalg.lstsq(head, x_1).solution.T @ head.T
-    logits = embed(0.1 * x) @ head.T                            # small x: SiLU is x/2
-    assert torch.corrcoef(torch.stack([logits.flatten(), best.flatten()]))[0, 1] > 0.98
-    bayes = seen @ x_1.T
-    if tied:                                                    # then the head has room for all
-        assert torch.corrcoef(torch.stack([logits.flatten(), bayes.flatten()]))[0, 1] > 0.95
-        assert (logits.argmax(-1) == bayes.argmax(-1)).float().mean() > 0.7
-    hidden = model.run_base(IDS, None, None, DynamicCache())
-    size = hidden.pow(2).mean().sqrt() * min(1, cond_dim / 16) ** 0.5
-    assert embed(x).pow(2).mean().sqrt().item() == pytest.approx(size.item(), rel=0.3)
-    assert torch.equal(model(IDS, steps=1).logits, base(IDS).logits)
 
 
 def test_a_new_path_is_the_identity_on_the_embedded_noise():
@@ -817,7 +791,7 @@ def test_training_mode_caches_nothing():
         logits = model(IDS, seeds=SEEDS).logits
         expected = fresh(model).train()(IDS, seeds=SEEDS).logits
         assert torch.equal(logits, expected) and model.cached is None
-    assert isinstance(model.eval().current_path(), CachedPath)
+    assert model.eval().current_path() is not model.path
     assert model.current_path() is model.current_path()
 
 
@@ -985,7 +959,7 @@ def test_loss_and_its_gradient_are_those_of_the_naive_loss(kind, config):
     model.zero_grad(set_to_none=True)
 
     batch |= dict(labels=labels, seeds=SEEDS, class_ids=g and torch.tensor(g))
-    losses, _ = token_losses(model, **batch)
+    losses = token_losses(model, **batch)
     assert torch.allclose(losses, torch.stack(naive), rtol=1e-4, atol=1e-4)
     loss = model(**batch).loss
     assert loss.item() == pytest.approx(sum(naive).item() / 13, rel=1e-5)
@@ -995,13 +969,15 @@ def test_loss_and_its_gradient_are_those_of_the_naive_loss(kind, config):
         assert torch.allclose(p.grad, expected[name], rtol=1e-3, atol=atol), name
 
 
-def test_times_are_uniform_or_cosmapped():
-    ids, seeds = torch.zeros(500, 5, dtype=torch.int64), torch.arange(500)
+def test_times_are_uniform_or_cosmapped(monkeypatch):
+    ids, seeds, found = torch.zeros(500, 5, dtype=torch.int64), torch.arange(500), []
     model = tiny_l2d(perturb=False)
-    _, t = token_losses(model, ids, ids, seeds=seeds)
-    assert t.shape == (2000,) and t.mean().item() == pytest.approx(1/2, abs=0.03)
+    monkeypatch.setattr(l2d, "rescale", lambda x_t, t, sigma: found.append(t) or x_t)
+    token_losses(model, ids, ids, seeds=seeds)
     model.config.timesteps = "cosmap"
-    _, mapped = token_losses(model, ids, ids, seeds=seeds)
+    token_losses(model, ids, ids, seeds=seeds)
+    t, mapped = found
+    assert t.shape == (500, 4, 1) and t.mean().item() == pytest.approx(1/2, abs=0.03)
     assert torch.allclose(mapped, 1 - 1 / (torch.tan(math.pi * t / 2) + 1), atol=1e-6)
 
 
@@ -1029,32 +1005,6 @@ def test_a_base_in_training_mode_answers_as_in_evaluation():
 def test_class_names_are_a_list_of_different_names(names):
     with pytest.raises(ValueError, match="must be a list of different names"):
         L2DConfig(class_names=names)
-
-
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_share_of_the_states_holds_a_token_that_the_base_draws(share):
-    """The loss stays that of the right tokens. Validation sees right tokens alone."""
-    model, seeds = tiny_l2d(class_names=(), proposals=share), torch.arange(200)
-    ids = torch.arange(200)[:, None] % 97 + torch.zeros(1, 6, dtype=torch.long)
-    context, targets = model.read_labelled(ids, ids, seeds=seeds)
-    logits = model.base(ids).logits[:, :-1]
-    drawn = l2d.propose(context, targets, share)
-    proposed = drawn != targets
-    rate = share * (1 - logits.softmax(-1).gather(-1, targets[..., None])).mean().item()
-    assert proposed.float().mean().item() == pytest.approx(rate, abs=0.05)
-    losses = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0][proposed]
-    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean().item()
-    assert -losses.mean().item() == pytest.approx(entropy, rel=0.1)      # as the base draws
-    found, times = l2d.diffusion_losses(model.path, context, targets)
-    x_1 = model.path.vocabulary(model.base.get_input_embeddings()(drawn))
-    t = times.view(200, 5, 1)
-    x_t = (1 - t) * l2d.initial_noise(model.config, context) + t * x_1
-    right = F.cross_entropy(model.path(x_t, t, context).flatten(0, 1), targets.flatten(), reduction="none")
-    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        validated = l2d.diffusion_losses(model.path, context, targets)[0]
-    model.config.proposals = 0.0
-    assert torch.equal(validated, l2d.diffusion_losses(model.path, context, targets)[0])
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 1024])
@@ -1452,13 +1402,15 @@ def test_T_counts_every_evaluation(solver, steps, guidance, queries):
     many for drafts of 4 states."""
     model = tiny_l2d(solver=solver, steps=steps, guidance=guidance, velocity="expectation")
     output = model(IDS, class_ids=torch.tensor([0, 1, 0]))
-    assert len(queries) + 1 == steps and output.evaluations.tolist() == [[steps] * 9] * 3
+    runs = 2 if guidance != 1 else 1                     # of the path; the answer is unguided
+    assert len(queries) == runs * (steps - 2) + 1 if steps > 1 else not queries
+    assert output.evaluations.tolist() == [[steps] * 9] * 3
     assert output.passes.tolist() == [[steps - 1] * 9] * 3
 
 
-def test_guidance_is_twice_the_queries_but_for_the_answer(queries):
+def test_guidance_runs_the_path_twice_but_for_the_answer(queries):
     tiny_l2d(guidance=1.5, velocity="expectation")(IDS, steps=5)
-    assert queries == [27 * 2] * 3 + [27]                # three velocities (a fourth was free)
+    assert queries == [27, 27] * 3 + [27]                # three velocities (a fourth was free)
 
 
 @pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
@@ -1486,13 +1438,13 @@ def test_adaptive_answer_of_a_row_does_not_depend_on_the_batch(solver):
 
 @pytest.mark.parametrize("g", [[0, 3, 1], [-1, 0, 0]])
 def test_class_out_of_range(g):
-    message = r"must lie in 0..2, where 2 means no class; the classes are math, code"
+    message = r"must lie in 0..2, the last for no class; the classes are \['math', 'code'\]"
     with pytest.raises(ValueError, match=message):
         tiny_l2d()(IDS, class_ids=torch.tensor(g))
 
 
 def test_class_where_there_are_none():
-    with pytest.raises(ValueError, match="this model was trained without"):
+    with pytest.raises(ValueError, match=r"the classes are \[\]"):
         tiny_l2d(class_names=())(IDS, class_ids=torch.tensor([0, 0, 0]))
 
 
@@ -1585,8 +1537,9 @@ def test_a_pass_has_at_most_so_many_rows_and_at_least_two_states_each(queries):
         ids = IDS[:1].expand(B, -1) if B == 16 else IDS[:B]
         output = model(ids, steps=127, logits_to_keep=n)
         assert max(queries) <= l2d.ROWS
-        assert (len(queries) == 126) == (2 * B * n > l2d.ROWS // 2)
-        assert output.passes.max() == len(queries)
+        many = B * n <= l2d.ROWS // 2
+        assert (len(queries) == 2 * 126 - 1) == (not many)           # the loop; unguided at the end
+        assert 2 * output.passes.max() == len(queries) + (not many)
 
 
 @pytest.mark.parametrize("solver, steps", [("euler", 5), ("midpoint", 7), ("rk4", 9)])
@@ -1639,13 +1592,11 @@ def test_greedy_generation_is_a_loop_over_forward_with_any_cache(kind, changes):
         ids = torch.cat([ids, best], dim=1)
     assert torch.equal(generate(model), ids)
     assert torch.equal(generate(model, use_cache=False), ids)
-    assert torch.equal(generate(model, cache_implementation="static"), ids)
     assert torch.equal(generate(model, **{l2d.CACHE: DynamicCache()}), ids)
     assert not torch.equal(generate(model, steps=1), ids)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, dict(cache_implementation="static"), dict(use_cache=False)])
+@pytest.mark.parametrize("settings", [{}, dict(use_cache=False)])
 def test_left_padded_prompts_are_continued_as_alone(settings):
     model, lengths = exact_l2d(), [9, 4, 6]
     padded = left_padded(IDS, lengths)
@@ -1727,16 +1678,14 @@ class TestTheCacheUnderBothNames:
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=1e-4)
 
     def test_both_names_at_once_and_unknown_arguments_are_refused(self):
-        message = "past_key_values and cache are two names of one argument"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(TypeError, match="no argument cache"):
             tiny_l2d()(IDS, cache=DynamicCache(), past_key_values=DynamicCache())
         with pytest.raises(TypeError, match="past_keys"):
             tiny_l2d()(IDS, past_keys=DynamicCache())
         with pytest.raises(TypeError, match="no argument output_attentions"):
             tiny_l2d()(IDS, output_attentions=True)
 
-    @pytest.mark.parametrize("settings", [
-        {}, dict(cache_implementation="static"), dict(use_cache=False)])
+    @pytest.mark.parametrize("settings", [{}, dict(use_cache=False)])
     def test_one_step_writes_what_the_base_writes_left_padded_too(self, settings):
         """The main job by its outcome: this fails when the context is lost from the second token
         on."""
@@ -1789,28 +1738,6 @@ def test_base_and_path_can_be_moved_together(folders, tmp_path):
     assert torch.equal(loaded(IDS, seeds=SEEDS).logits, model(IDS, seeds=SEEDS).logits)
     loaded.save_pretrained(tmp_path / "again")           # and the path alone, from there
     assert same_path(L2D.from_pretrained(tmp_path / "again"), model)
-
-
-@pytest.mark.parametrize("drive, name", [("C:", "../base"), ("c:", "../base"), ("D:", None)])
-def test_on_windows_a_base_is_named_with_slashes_or_stays_on_its_drive(
-        folders, monkeypatch, drive, name):
-    model, folder = folders[0], str(folders[1] / "base")
-
-    def absolute(path):
-        on = drive if str(path) == folder else "C:"
-        return on + os.path.splitdrive(path)[1].replace(os.sep, "\\")
-
-    def relative(path, start):
-        return ntpath.relpath(absolute(path), absolute(start))
-    windows = dict(splitdrive=ntpath.splitdrive, abspath=absolute, relpath=relative)
-    path = SimpleNamespace(**vars(os.path) | windows)
-    monkeypatch.setattr(l2d, "os", SimpleNamespace(sep="\\", path=path))
-    monkeypatch.setattr(model.config, "base_model", folder)
-    model.save_pretrained(folders[1] / "on-windows")
-    monkeypatch.undo()
-    saved = json.loads((folders[1] / "on-windows/config.json").read_text())
-    assert saved["base_model"] == (name or folder)
-    assert same_path(L2D.from_pretrained(folders[1] / "on-windows"), model)
 
 
 def test_arguments_of_loading_change_settings_or_go_to_the_base(folders):
@@ -1872,18 +1799,20 @@ def test_another_base_is_refused_with_both_checksums(folders, kind, changes):
         L2D.from_pretrained(folders[1] / "path", base=other)
 
 
-def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded():
+def test_tensors_that_do_not_fit_are_named():
     model = tiny_l2d()
     tensors = {name: p.detach() + 1 for name, p in weights(model).items()}
     del tensors["blocks.0.q_proj.lora_A"]
     tensors |= {"extra.weight": torch.zeros(1), "x_embedder.0.bias": torch.zeros(5)}
     tensors["t_embedder.0.bias"][3] = math.nan
     before = model.path.t_embedder[0].weight.clone()
-    message = (r"q_proj.lora_A is missing.*extra.weight is unknown.*t_embedder.0.bias holds NaN"
-               r".*x_embedder.0.bias is \[5\], not \[32\]")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="NaN or inf: t_embedder.0.bias"):
         model.load_path(tensors)
     assert torch.equal(model.path.t_embedder[0].weight, before)
+    tensors["t_embedder.0.bias"][3] = 0
+    message = r"(?s)q_proj.lora_A.*extra.weight.*x_embedder.0.bias.*\[5\].*\[32\]"
+    with pytest.raises(ValueError, match=message):
+        model.load_path(tensors)
 
 
 def test_a_base_with_other_weights_is_refused_by_its_checksum(folders):
@@ -1934,7 +1863,7 @@ def test_a_folder_from_before_checksums_loads_with_a_note(folders):
 
 def test_the_vocabulary_of_a_base_is_resized_before(folders):
     model, folder = folders
-    with pytest.raises(ValueError, match="resize it before"):
+    with pytest.raises(ValueError, match="resize and save the base before"):
         model.resize_token_embeddings(99)
     model.base.resize_token_embeddings(99)               # by the back door: then it is another base
     model.save_pretrained(folder / "path")
@@ -1970,20 +1899,10 @@ def test_one_file_is_saved_or_none(folders):
     model, folder = folders
     for wrong in (dict(max_shard_size="20KB"), dict(variant="fp16"), dict(push_to_hub=True),
                   dict(distributed_checkpoint=True)):
-        with pytest.raises(ValueError, match="a path is saved as one file: leave out"):
+        message = f"a path is saved as one file: leave out {', '.join(wrong)}"
+        with pytest.raises(ValueError, match=message):
             model.save_pretrained(folder / "shards", **wrong)
     assert not (folder / "shards").exists()
-    model.save_pretrained(folder / "one", max_shard_size="1GB")
-    assert same_path(L2D.from_pretrained(folder / "one"), model)
-
-
-def test_settings_of_the_training_cannot_be_saved_otherwise(folders):
-    """The folder would hold another model than the one that ran."""
-    model, folder = folders
-    model.config.lora_alpha = 999.0
-    with pytest.raises(ValueError, match="lora_alpha belong to the training of this path"):
-        model.save_pretrained(folder / "other")
-    assert not (folder / "other").exists()
 
 
 def test_a_base_that_got_adapters_is_not_saved_for(folders):
@@ -1993,17 +1912,9 @@ def test_a_base_that_got_adapters_is_not_saved_for(folders):
         model.save_pretrained(folder / "other")
 
 
-def test_a_path_that_names_itself_as_its_base_is_refused(folders):
-    _, folder = folders
-    file = folder / "path" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": "../path"}))
-    with pytest.raises(ValueError, match="'l2d' is not a supported architecture"):
-        L2D.from_pretrained(folder / "path")
-
-
 def test_what_needs_all_tensors_or_a_base_is_refused(folders):
     model, folder = folders
-    with pytest.raises(ValueError, match="output_loading_info is not possible"):
+    with pytest.raises(ValueError, match="output_loading_info and state_dict are not possible"):
         AutoModelForCausalLM.from_pretrained(folder / "path", output_loading_info=True)
     with pytest.raises(ValueError, match="a path needs its base"):
         AutoModelForCausalLM.from_config(model.config)
@@ -2019,7 +1930,7 @@ def test_load_state_dict_takes_the_whole_model_or_the_path_alone(folders):
     found = model.load_state_dict(tensors, strict=False)
     assert not found.missing_keys and not found.unexpected_keys
     assert same_path(model, L2D.from_pretrained(folder / "path"))
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match=r"(?s)do not fit.*Missing.*t_embedder.0.bias"):
         del tensors["t_embedder.0.bias"]
         model.load_state_dict(tensors, strict=False)
 
@@ -2069,7 +1980,7 @@ def test_nothing_to_learn():
 
 
 def test_mask_of_four_dimensions():
-    with pytest.raises(ValueError, match="attention_mask has 4 dimensions"):
+    with pytest.raises(ValueError, match=r"attention_mask is \[3, 1, 9, 9\]"):
         tiny_l2d()(IDS, attention_mask=torch.ones(3, 1, 9, 9))
 
 
@@ -2086,7 +1997,7 @@ def test_nan_is_an_error_not_an_answer(velocity, solver):
     with torch.no_grad():
         model.path.blocks[1].q_proj.lora_A.fill_(math.nan)
     for ask in (lambda: model(IDS), lambda: generate(model, IDS[:1])):
-        with pytest.raises(RuntimeError, match="NaN or inf in row 0, position"):
+        with pytest.raises(RuntimeError, match="the logits hold NaN or inf"):
             ask()
     assert model(IDS, steps=1).logits.isfinite().all()   # the LM itself is sound
 
@@ -2116,8 +2027,8 @@ def test_rope_that_depends_on_the_largest_position_is_the_bases(rope_type):
     model = exact_l2d(changes=dict(rope_parameters=rope, max_position_embeddings=4))
     few = IDS.clone()
     few[:, 4:] = -100
-    losses = token_losses(model, IDS, IDS, seeds=SEEDS)[0].view(3, 8)[:, :3]
-    alone = token_losses(model, IDS, few, seeds=SEEDS)[0].view(3, 3)
+    losses = token_losses(model, IDS, IDS, seeds=SEEDS).view(3, 8)[:, :3]
+    alone = token_losses(model, IDS, few, seeds=SEEDS).view(3, 3)
     torch.testing.assert_close(alone, losses, atol=1e-6, rtol=1e-6)
 
 
@@ -2134,19 +2045,17 @@ def test_left_padded_prompts_may_be_read_in_parts(steps):
         model(ids.flip(1), attention_mask=mask.flip(1), logits_to_keep=1)
 
 
-def test_an_assistant_gets_none_of_the_paths_arguments():
+@pytest.mark.parametrize("options", [dict(assistant_early_exit=1), dict(prompt_lookup_num_tokens=2)])
+def test_assistants_are_refused_before_they_change_anything(options):
     model, ids = exact_l2d(), IDS[:1]
-    alone = generate(model, ids, steps=3)
-    assert torch.equal(generate(model, ids, steps=3, assistant_model=tiny_base()), alone)
-    layers = model.base.config.num_hidden_layers
-    with pytest.raises(ValueError, match="assistant_early_exit would cut layers"):
-        generate(model, ids, assistant_early_exit=1)
+    alone, layers = generate(model, ids, steps=3), model.base.config.num_hidden_layers
+    with pytest.raises(ValueError, match="`generate` without an assistant"):
+        generate(model, ids, **options)
     assert model.base.config.num_hidden_layers == layers
     assert torch.equal(generate(model, ids, steps=3), alone)
 
-
 def test_batching_without_keys_is_refused():
-    with pytest.raises(ValueError, match="continuous batching .* use generate"):
+    with pytest.raises(ValueError, match="use `generate` without"):
         tiny_l2d().generate_batch([IDS[0].tolist()])
 
 
@@ -2159,8 +2068,9 @@ def test_adapters_in_or_around_the_base_are_refused():
     base.model.layers[1].mlp.up_proj.base_layer = torch.nn.Identity()       # what its layers have
     with pytest.raises(ValueError, match="holds adapters"):
         tiny_l2d(base=base)
-    model = tiny_l2d().requires_grad_(True)              # as if there were adapters on all of it
-    with pytest.raises(ValueError, match="the base must stay frozen"):
+    model = tiny_l2d()
+    model.base.model.layers[1].mlp.up_proj.base_layer = torch.nn.Identity()
+    with pytest.raises(ValueError, match="holds adapters"):              # put there afterwards
         model(IDS, labels=IDS)
 
 
@@ -2356,7 +2266,7 @@ def test_the_base_runs_once_for_all_that_validation_wants(monkeypatch):
     inputs = train_script.collate([(example, 3), (example | {"input_ids": [5, 6, 7]}, 4)], model)
     losses, times, hits = train_script.score(model, inputs)
     assert len(runs) == 1 and times.shape == losses.shape == (4,)
-    assert torch.equal(losses, token_losses(model, **inputs)[0])
+    assert torch.equal(losses, token_losses(model, **inputs))
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != -100
     for T, found in hits.items():

@@ -32,8 +32,8 @@ from support.processes import from_first, rank, world
 TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, cond_dim=64,
             max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
-SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "init", "timesteps",
-            "proposals", "base_checksum")
+SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps",
+            "base_checksum")
 CHANGEABLE = {"device", "micro_batch_size", "gradient_checkpointing", "lr", "min_lr", "clip",
               "eval_every", "save_every"}                        # by --resume
 
@@ -57,10 +57,7 @@ def make_parser(description=__doc__):
         help="LoRA, trained copies of layers, or new ones")
     add("--lora-rank", type=int, default=32, help="rank of the updates")
     add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
-    add("--init", choices=CHOICES["init"], default="paper",
-        help="random, or reading x_t from the start")
     add("--timesteps", choices=CHOICES["timesteps"], default="uniform", help="how t is drawn")
-    add("--proposals", type=float, default=0.0, help="share of x_t with a token of the LM")
     add = parser.add_argument_group("optimisation (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
     add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")
@@ -231,7 +228,8 @@ def score(model, inputs):
     for T in (1, 15):
         logits, _, _ = diffuse(model.current_path(), context, T)
         hits[T] = (logits.argmax(-1) == targets)[keep].float()
-    return *diffusion_losses(model.path, context, targets), hits
+    losses = diffusion_losses(model.path, context, targets)
+    return losses, torch.zeros_like(losses), hits
 
 def answer(model, example, tokenizer):
     """The end of an example's prompt, the right answer, and the model's: 48 tokens at most."""

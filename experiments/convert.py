@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from l2d import L2D, L2DConfig
 from support.console import check_numbers, console, load, load_base
@@ -152,7 +152,6 @@ def convert(checkpoint, base_name, out, sigma=64.0, lora_alpha=None, class_names
                          "classes")
     alpha = lora_alpha or float(sizes.get("lora_rank", 32))
     config = L2DConfig(base_name, sigma=sigma, class_names=class_names, lora_alpha=alpha, **sizes)
-    config.check_base(load(AutoConfig, base_name))
     model = L2D(config, load_base(base_name))
     model.load_path(match(model, tensors))
     compare_base(model.base, tensors)

@@ -26,7 +26,8 @@ class Adapted(nn.Module):
 
     def __init__(self, layer, rank, alpha):
         super().__init__()
-        self.layer, self.update = layer, LoRALinear(layer, rank, alpha).to(layer.weight.device)
+        config = SimpleNamespace(lora_rank=rank, lora_alpha=alpha)
+        self.layer, self.update = layer, LoRALinear(layer, config).to(layer.weight.device)
 
     def forward(self, x):
         return self.update(x, self.layer)

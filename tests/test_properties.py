@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 import l2d
 import train as train_script
-from l2d import L2D, TABLEAUS, CachedPath, check_steps
+from l2d import L2D, TABLEAUS, DiffusionPath, check_steps
 from test_l2d import tiny_base, tiny_l2d
 
 torch.set_num_threads(1)
@@ -231,18 +231,18 @@ def observed(patch):
 
 @settings(few, max_examples=60)
 @given(st.sampled_from([name for name, tableau in TABLEAUS.items() if not tableau.error]),
-       st.integers(1, 20) | st.integers(1, 600), st.sampled_from([1.0, 0.5]))
-def test_T_counts_evaluations_for_all_fixed_solvers_and_T(model, solver, T, guidance):
+       st.integers(1, 20) | st.integers(1, 600))
+def test_T_counts_evaluations_for_all_fixed_solvers_and_T(model, solver, T):
     """T possible: exactly T evaluations (at t = 0 the first, the LM's own). T impossible: the
     neighbours that the message names are possible."""
-    model.config.update({"solver": solver, "guidance": guidance})
+    model.config.update({"solver": solver, "guidance": 1.0})
     paid, cost = [], len(TABLEAUS[solver].c)
     def evaluate(path, x, t, context):
         paid.append(t.max().item())
         return torch.zeros(1, context.main_hidden.shape[1], 97)
     with pytest.MonkeyPatch.context() as patch:
         calls = observed(patch)
-        patch.setattr(CachedPath, "forward", evaluate)
+        patch.setattr(DiffusionPath, "forward", evaluate)
         try:
             output = model(torch.tensor([[5]]), steps=T)
             assert len(calls) == T == output.evaluations.item() and calls[0] == 0
