@@ -358,7 +358,8 @@ def test_an_upload_is_the_path_its_code_and_its_card(world, hub):
         L2D.from_pretrained(world / "path").push_to_hub("me/mine")
 
 
-OLD, NEW = "1" * 40, "2" * 40                            # two commits of a model
+OLD, NEW = "1" * 40, "2" * 40                            # commits of a base
+SEVEN, THREE = "7" * 40, "3" * 40                        # and of a path, the second being main's: so many steps
 
 
 def sent(name):
@@ -370,13 +371,13 @@ def sent(name):
 
 @pytest.fixture(scope="module")
 def published(world, hub, tmp_path_factory):
-    """The hub has two commits of me/base and of me/path, whose settings, weights and code differ: OLD was made from the old base;
-    then the base changed, and NEW was made from OLD. The folder that this returns has them as base, base2, 7 and 3 (its steps)."""
+    """The hub has two commits of me/base, and two of me/path with other settings, weights and code: SEVEN was made on OLD; then the
+    base changed, and THREE was made from SEVEN. The folder that this returns has them all: base, base2, 7 and 3."""
     folder = tmp_path_factory.mktemp("published")
     shutil.copytree(world / "base", folder / "base")
     Hub.models["me/base"] = {OLD: folder / "base"}
 
-    def publish(start, steps, commit):
+    def publish(start, steps):
         shutil.copytree(world / "path", folder / str(steps), ignore=shutil.ignore_patterns("__pycache__"))   # with its tokenizer
         fresh(world / "path", f"""
 from l2d import L2D
@@ -386,21 +387,21 @@ model.save_pretrained({str(folder / str(steps))!r})
 """, **hub, HF_HOME=str(folder / f"cache-{steps}"))
         with (folder / str(steps) / "l2d.py").open("a") as file:
             file.write(f"\nL2D.commit = {steps}\n")
-        Hub.models.setdefault("me/path", {})[commit] = folder / str(steps)
+        Hub.models.setdefault("me/path", {})[str(steps) * 40] = folder / str(steps)
 
-    publish("'.', base_model='me/base'", 7, OLD)
+    publish("'.', base_model='me/base'", 7)
     other = AutoModelForCausalLM.from_pretrained(world / "base")
     other.model.norm.weight.data.fill_(2)
     other.save_pretrained(folder / "base2")
     Hub.models["me/base"][NEW] = folder / "base2"
-    publish("'me/path'", 3, NEW)
+    publish("'me/path'", 3)
     sent("me/path"), sent("me/base")
     return folder
 
 
 CHECK = f"""
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-OLD, NEW = {OLD!r}, {NEW!r}
+from transformers import AutoModelForCausalLM, pipeline
+OLD, NEW, SEVEN, THREE = {OLD!r}, {NEW!r}, {SEVEN!r}, {THREE!r}
 def load(**kwargs):
     return AutoModelForCausalLM.from_pretrained("me/path", **{{"trust_remote_code": True}} | kwargs)
 def check(model, steps, norm=1, revision=OLD):
@@ -413,57 +414,57 @@ def test_a_revision_pins_settings_weights_and_code_together(published, world, hu
     """And the path's base_revision its base, which has moved on."""
     fresh(world, CHECK + """
 for steps in (7, 3, 7):
-    model = load(**{"revision": OLD} if steps == 7 else {})
+    model = load(**{"revision": SEVEN} if steps == 7 else {})
     check(model, steps)
     assert model.commit == steps and type(model).__module__.startswith("transformers_modules.")
 """, **hub, HF_HOME=str(published / "cache"))
-    assert sent("me/base") == {OLD} and sent("me/path") == {OLD, NEW}
+    assert sent("me/base") == {OLD} and sent("me/path") == {SEVEN, THREE}
     fresh(world, CHECK + """
-pipe = pipeline("text-generation", model="me/path", revision=OLD, trust_remote_code=True, device="cpu")
+pipe = pipeline("text-generation", model="me/path", revision=SEVEN, trust_remote_code=True, device="cpu")
 check(pipe.model, 7)
 assert pipe.model.commit == 7 and pipe("12*3", max_new_tokens=2)[0]["generated_text"]
 """, **hub, HF_HOME=str(published / "cache-pipeline"))
-    assert sent("me/base") == {OLD} and sent("me/path") == {OLD}
+    assert sent("me/base") == {OLD} and sent("me/path") == {SEVEN}
 
 
 def test_a_revision_without_trust_but_with_l2d_imported_first(published, world, hub):
     """The path's revision must not reach the base, which has no such commit."""
-    fresh(world / "path", CHECK + f"""
+    fresh(world / "path", CHECK + """
 import l2d
-for steps, kwargs in ((7, dict(revision=OLD)), (3, dict(revision=NEW)), (3, {{}})):
+for steps, kwargs in ((7, dict(revision=SEVEN)), (3, dict(revision=THREE)), (3, {})):
     model = load(trust_remote_code=False, **kwargs)
     check(model, steps)
     assert type(model) is l2d.L2D and not hasattr(model, "commit")
 """, **hub, HF_HOME=str(published / "cache-imported"))
-    assert sent("me/base") == {OLD} and sent("me/path") == {OLD, NEW}
+    assert sent("me/base") == {OLD} and sent("me/path") == {SEVEN, THREE}
 
 
 def test_a_base_that_is_named_takes_the_place_of_the_pinned_one(published, world, hub):
     """base_model=FOLDER asks the hub for no base. Other weights are refused: those of main, of another commit, of a folder."""
     fresh(world, CHECK + f"""
 folder, other = {str(published / "base")!r}, {str(published / "base2")!r}
-model = load(revision=OLD, base_model=folder)
+model = load(revision=SEVEN, base_model=folder)
 check(model, 7, revision=None)
 assert model.config.base_model == folder and model.base.name_or_path == folder
-check(load(revision=OLD, base_model=other, base_checksum=None), 7, norm=2, revision=None)
+check(load(revision=SEVEN, base_model=other, base_checksum=None), 7, norm=2, revision=None)
 try:
-    load(revision=OLD, base_model=other)
+    load(revision=SEVEN, base_model=other)
 except ValueError as error:
     assert "checksum" in str(error)
 else:
     raise AssertionError("another base was taken")
 """, **hub, HF_HOME=str(published / "cache-folder"))
-    assert sent("me/base") == set() and sent("me/path") == {OLD}
+    assert sent("me/base") == set() and sent("me/path") == {SEVEN}
     fresh(world, CHECK + """
 for kwargs in (dict(base_model="me/base"), dict(base_revision=NEW), dict(base_model="me/base", base_revision=NEW)):
     try:
-        load(revision=OLD, **kwargs)
+        load(revision=SEVEN, **kwargs)
     except ValueError as error:
         assert "checksum" in str(error), error
     else:
         raise AssertionError(kwargs)
-check(load(revision=OLD, base_model="me/base", base_revision=OLD), 7)
-check(load(revision=OLD, base_revision=NEW, base_checksum=None), 7, norm=2, revision=NEW)
+check(load(revision=SEVEN, base_model="me/base", base_revision=OLD), 7)
+check(load(revision=SEVEN, base_revision=NEW, base_checksum=None), 7, norm=2, revision=NEW)
 """, **hub, HF_HOME=str(published / "cache-named"))
     assert sent("me/base") == {OLD, NEW}
 
@@ -482,7 +483,7 @@ print(L2D(L2DConfig(dim=8, cond_dim=8, lora_rank=2), base).config.base_revision)
 
 @pytest.mark.xfail(strict=True, reason="config= keeps the commit of the base that base_model= replaces")
 def test_a_base_that_is_named_beside_a_config_is_loaded_at_its_own_commit(published, world, hub):
-    Hub.models["me/copy"] = {"3" * 40: published / "base"}
+    Hub.models["me/copy"] = {"5" * 40: published / "base"}
     found = fresh(world / "path", """
 from transformers import AutoConfig
 from l2d import L2D
@@ -492,4 +493,4 @@ try:
 except OSError as error:
     print(error)
 """, **hub, HF_HOME=str(published / "cache-config"))
-    assert found.split()[-1] == "3" * 40, found
+    assert found.split()[-1] == "5" * 40, found
