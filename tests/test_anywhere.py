@@ -371,8 +371,8 @@ def sent(name):
 
 @pytest.fixture(scope="module")
 def published(world, hub, tmp_path_factory):
-    """The hub has two commits of me/base, and two of me/path with other settings, weights and code: SEVEN was made on OLD; then the
-    base changed, and THREE was made from SEVEN. The folder that this returns has them all: base, base2, 7 and 3."""
+    """The hub has two commits of me/base, and two of me/path with other settings, weights and code: SEVEN was made on OLD; then
+    the base changed, and THREE was made from SEVEN. The folder that this returns has them all: base, base2, 7 and 3."""
     folder = tmp_path_factory.mktemp("published")
     shutil.copytree(world / "base", folder / "base")
     Hub.models["me/base"] = {OLD: folder / "base"}
