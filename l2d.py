@@ -752,8 +752,8 @@ def cached_commit(name):
         file = transformers.utils.cached_file(name, "config.json", local_files_only=True)
     except (OSError, ValueError):
         return None
-    alone = len(os.listdir(os.path.dirname(os.path.dirname(file)))) == 1
-    return extract_commit_hash(file, None) if alone else None
+    commit, folders = extract_commit_hash(file, None), os.path.join(file, "../..")
+    return commit if commit and len(os.listdir(os.path.normpath(folders))) == 1 else None
 
 def check_inputs(keep, input_ids, attention_mask, position_ids, cache):
     """ValueError: inputs of `L2D.read` that are impossible, or that would be misread."""

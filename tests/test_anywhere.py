@@ -469,7 +469,6 @@ check(load(revision=SEVEN, base_revision=NEW, base_checksum=None), 7, norm=2, re
     assert sent("me/base") == {OLD, NEW}
 
 
-@pytest.mark.xfail(strict=True, reason="base_revision is that of main in the cache, whatever was loaded")
 def test_the_commit_of_main_is_not_recorded_for_a_base_of_another_commit(published, world, hub):
     found = fresh(world / "path", f"""
 from transformers import AutoModelForCausalLM
@@ -481,7 +480,6 @@ print(L2D(L2DConfig(dim=8, cond_dim=8, lora_rank=2), base).config.base_revision)
     assert found.split()[-1] in (OLD, "None")
 
 
-@pytest.mark.xfail(strict=True, reason="config= keeps the commit of the base that base_model= replaces")
 def test_a_base_that_is_named_beside_a_config_is_loaded_at_its_own_commit(published, world, hub):
     Hub.models["me/copy"] = {"5" * 40: published / "base"}
     found = fresh(world / "path", """
