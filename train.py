@@ -278,9 +278,8 @@ def finish(model, args, kind):
     making.rmdir()
 
 def train(args, make_model=make_path, kind="l2d", score=score):
-    """Train what make_model(args, base, class_names) makes and save it, in a folder named after
-    `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C.
-    ValueError: options that do not fit the folder, the base, the data or the processes."""
+    """Train what make_model(args, base, class_names) makes, a `kind` of model, and save it. Returns
+    args, filled in. SystemExit 130: after Ctrl-C. ValueError: options that do not fit."""
     args.device = console.pick_device(args.device)
     args.model = args.model or tiny.base_folder(args.seed)
     args.data = args.data or f"{args.model}/train.jsonl"
@@ -339,16 +338,14 @@ def loop(step, model, optimizer, data, held_out, tokenizer, args, score):
             if due(args.eval_every) and len(held_out) >= world():
                 line = {"step": step} | validate(model, held_out, args, tokenizer, score)
                 bar.write(console.summary(note(line, validated)))
-                bar.unpause()                            # for its own estimate of the time left
             if stop or step >= args.max_steps:
                 return step
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args)
             step += 1
             note(line, line["tokens"])
+            bar.set_postfix(loss=line["loss"], refresh=False)
             bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s",
-                                refresh=False)
             stop = stopped()
             # Before the validation, which may fail: --resume begins with it.
             if stop or due(args.save_every) or due(args.eval_every):

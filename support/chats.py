@@ -1,7 +1,5 @@
-"""Chats as training examples, one for every assistant turn, from a file or a hub data set.
-
-A row is read as messages, the chat template writes them as text, the text becomes tokens, all once:
-`datasets` keeps the examples on disk. What is left out or not used is counted in `notes`."""
+"""Chats as training examples, one for every assistant turn, from a file or a hub data set. They are
+made once, and `datasets` keeps them on disk. What is left out is counted in `notes`."""
 
 import hashlib
 import json
@@ -58,7 +56,7 @@ def read_rows(data):
     import datasets                                      # takes a second
     name, subset, split = (data.split(":") + ["", ""])[:3]
     if name == "smoltalk":
-        return datasets.concatenate_datasets([smoltalk(subset, split) for subset in SMOLTALK])
+        return datasets.concatenate_datasets([smoltalk(subset) for subset in SMOLTALK])
     with loading("data", f"{name!r} (a .jsonl file, or a hub data set NAME:SUBSET:SPLIT)"):
         if not data.endswith(".jsonl"):
             return datasets.load_dataset(name, subset or None, split=split or "train")
@@ -66,9 +64,9 @@ def read_rows(data):
             json_rows, datasets.Features({LINE: datasets.Value("large_string")}),
             gen_kwargs={"file": data, "stamp": digest(data)})
 
-def smoltalk(subset, split):
+def smoltalk(subset):
     """One of the paper's subsets (B.1), with the class (Table 5) in the column `label`."""
-    rows, label = read_rows(f"HuggingFaceTB/smoltalk:{subset}:{split}"), SMOLTALK[subset]
+    rows, label = read_rows(f"HuggingFaceTB/smoltalk:{subset}"), SMOLTALK[subset]
     labels = [label] * len(rows) if label else [MAGPIE.get(kind) for kind in rows["category"]]
     rows = rows.select_columns("messages").add_column("label", labels)
     return rows.select([number for number, label in enumerate(labels) if label])
@@ -215,10 +213,6 @@ def load_data(data, tokenizer, max_length=2048, label_column=None, validation=51
     "smoltalk", in the order of a permutation of the rows. Held out are `validation`, a tenth of all
     at most, and no other turn of their chats is learnt. ValueError: no row is usable, or none has a
     label."""
-    if data == "smoltalk":                               # it has a split for validation
-        train, test = (load_data(f"smoltalk::{split}", tokenizer, max_length, label_column, 0)[0]
-                       for split in ("train", "test"))
-        return train, test.select(range(min(validation, len(test))))
     options = dict(max_length=max_length, label_column=label_column)
     if world() > 1:                                      # the others find the first one's cache
         from_first(lambda: encode_all(read_rows(data), tokenizer, **options))

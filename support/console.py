@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
@@ -27,7 +26,7 @@ REMEDIES = {                                             # by what an error's na
     r"^Dist\w*Error|gloo": ": another process of this run has ended. Continue with --resume",
     os.strerror(errno.ENOSPC): ": make room, then start again (train.py: with --resume)",
     "No module named": ": pip install -r requirements.txt -r experiments/requirements.txt",
-    "^RuntimeError": " (L2D_TRACEBACK=1 shows where)",
+    "^(Runtime|Assertion)Error": " (L2D_TRACEBACK=1 shows where)",
 }
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -38,9 +37,6 @@ def console(script):
     """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
     logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    logging.disable_progress_bar()                       # of loading, but also of downloads:
-    huggingface_hub.utils.enable_progress_bars()
     try:
         yield
     except KeyboardInterrupt:
@@ -146,7 +142,7 @@ def load_tensors(file):
 def claimed(folder):
     """Around all that is written into a folder: it has one writer, who holds a lock on the file
     FOLDER.lock. The system takes locks back however a process ends. ValueError: it is claimed;
-    names the process and its machine. OSError: no locks here."""
+    names the process and its machine. OSError: the file system has no locks."""
     lock, owner = FileLock(f"{folder}.lock", blocking=False), Path(f"{folder}.owner")
     os.makedirs(owner.parent, exist_ok=True)
     try:
@@ -154,9 +150,6 @@ def claimed(folder):
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         raise ValueError(f"{folder} is in use by {who}: name another folder with --out") from None
-    except (OSError, NotImplementedError) as error:
-        raise OSError(f"{folder} cannot be locked ({one_line(error)}): name another folder "
-                      "with --out") from None
     with held:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         try:
