@@ -120,7 +120,7 @@ def read_chat(row, label_column, notes):
     if not any(learnt):
         raise ValueError("no assistant turn to learn")
     if messages[0]["role"] != "system" and (system := take(row, "system", "system_prompt")):
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, read_message({"role": "system", "content": system})[0])
         learnt.insert(0, False)
     for name in row:
         notes[f"rows with a column {name!r} that is not used"] += 1

@@ -98,6 +98,7 @@ def test_speakers_and_contents():
     assert "roles must alternate" in str(read(row, template=ALTERNATING)[1])
     assert "a content is no text: [{'type': 'image_url'}]" in str(read(talk([{"type": "image_url"}], "b"))[1])
     assert "a content is no text: 42" in str(read(talk("a", 42))[1])
+    assert "a content is no text: 7" in str(read(GOOD | {"system": 7})[1])
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
