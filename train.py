@@ -7,7 +7,7 @@
 
 --data is a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]], or smoltalk, the paper's selection.
 A row holds {"messages": [{"role": .., "content": ..}, ..]}, or a prompt, question or instruction
-(and input) and a response, answer, completion or output; and perhaps a system prompt and tools.
+(and input) and a response, answer, completion or output; and perhaps a system prompt.
 Every assistant turn is an example, learnt after what precedes it, unless it has "weight": 0.
 """
 
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from l2d import CHOICES, IGNORE, L2D, L2DConfig, diffuse, diffusion_losses
@@ -46,15 +46,13 @@ def make_parser(description=__doc__):
     add("--label-column", help="column with the class of a row: trains classes, for guidance")
     add("--max-length", type=int, default=2048, help="leave out examples of more tokens")
     add("--validation", type=int, default=512, help="examples held out, a tenth of all at most")
-    add("--keep-going", action="store_true", help="train even if most rows are left out")
     add("--out", type=os.path.normpath, help="output folder; None: out/NAME-l2d")
     add("--resume", action="store_true", help="continue the run in --out, or else the last one")
     add = parser.add_argument_group("diffusion path").add_argument
     add("--sigma", type=float, default=64.0, help="noise scale")
     add("--dim", type=int, default=256, help="size of the diffusion state")
     add("--cond-dim", type=int, default=256, help="size of the conditioning vector")
-    add("--path", choices=CHOICES["path"], default="lora",
-        help="LoRA, trained copies of layers, or new ones")
+    add("--path", choices=CHOICES["path"], default="lora", help="LoRA, copies of layers, new ones")
     add("--lora-rank", type=int, default=32, help="rank of the updates")
     add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
     add("--timesteps", choices=CHOICES["timesteps"], default="uniform", help="how t is drawn")
@@ -98,6 +96,7 @@ def parse_args(parser):
     return args
 
 def make_path(args, base, class_names):
+    torch.manual_seed(args.seed)
     settings = {name: getattr(args, name) for name in SETTINGS}
     model = L2D(L2DConfig(base_model=args.model, class_names=class_names, **settings), base).train()
     model.path.gradient_checkpointing = args.gradient_checkpointing
@@ -105,33 +104,24 @@ def make_path(args, base, class_names):
     return model
 
 def build(args, make_model):
-    """(model, tokenizer, training examples, held-out examples, checkpoint). Whatever may be wrong
-    with options, base, checkpoint and memory shows before the chats are read, which may take
-    long."""
-    file = Path(args.out, "checkpoint.safetensors")
-    checkpoint = console.load_tensors(file) if file.exists() else None
+    """(model, tokenizer, training examples, held-out examples). Whatever may be wrong with options,
+    base and memory shows before the chats are read, which may take long."""
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     base = console.load_base(args.model, dtype=getattr(torch, dtype)).to(args.device)
     tokenizer = console.load_tokenizer(args.model, base.config.vocab_size)
-    if base.num_parameters() < 10_000_000:
-        torch.set_num_threads(1)                         # more would only wait for each other
-
-    def make(class_names=()):
-        torch.manual_seed(args.seed)
-        return make_model(args, base, class_names)
-    model, max_length = make(), min(args.max_length, base.config.max_position_embeddings)
+    max_length = min(args.max_length, base.config.max_position_embeddings)
+    model = make_model(args, base, ())
     try_largest(model, args, max_length)
-    data, held_out = chats.load_data(
-        args.data, tokenizer, max_length, args.label_column, args.validation,
-        base.generation_config.eos_token_id, args.keep_going)
+    data, held_out = chats.load_data(args.data, tokenizer, max_length, args.label_column,
+                                     args.validation)
     found = zlib.crc32(json.dumps([data["length"][:], data["answer"][:]]).encode())
     if args.data_checksum not in (None, found):
         raise ValueError(f"{args.data} has changed since the run began: put it back, or start anew")
     args.data_checksum = found
     class_names = sorted({*data["label"][:]} - {None})
     if class_names and isinstance(model, L2D):
-        model = make(class_names)
-    return model, tokenizer, data, held_out, checkpoint
+        model = make_model(args, base, class_names)
+    return model, tokenizer, data, held_out
 
 def try_largest(model, args, max_length):
     """A pass over the largest micro-batch there can be: if it does not fit into memory, that shows
@@ -150,35 +140,26 @@ def cost(pairs):
     answers = [n - example["answer"] for n, (example, _) in zip(lengths, pairs)]
     return len(pairs) * (max(lengths) + 2 * max(answers))
 
-def cut(pairs, most):
-    """Pairs as micro-batches of similar lengths: `most` in each, fewer where padding would be more
-    than a tenth of the cost."""
-    found = [[]]
-    for pair in sorted(pairs, key=lambda pair: cost([pair]), reverse=True):
-        longer = [*found[-1], pair]
-        fits = len(longer) <= most and cost(longer) <= 1.1 * sum(cost([p]) for p in longer)
-        found[-1:] = [longer] if fits else [found[-1], [pair]]
-    return found
-
 def micro_batches(batch, args, model):
-    """This process' share of (example, seed) pairs as the model's inputs, some at a time."""
-    mine = processes.shares(batch, cost=lambda pair: cost([pair]))[rank()]
-    for pairs in cut(mine, args.micro_batch_size):
+    """This process' share of (example, seed) pairs as the model's inputs, some of similar lengths
+    at a time: fewer where padding would be more than a tenth of the cost."""
+    parts = [[]]
+    for pair in processes.shares(batch, lambda pair: cost([pair]))[rank()]:
+        longer = [*parts[-1], pair]
+        fits = cost(longer) <= 1.1 * sum(cost([pair]) for pair in longer)
+        fits = fits and len(longer) <= args.micro_batch_size
+        parts[-1:] = [longer] if fits else [parts[-1], [pair]]
+    for pairs in parts:
         yield collate(pairs, model)
 
 def collate(pairs, model):
     """(example, seed) pairs, padded on the right, as the model's inputs."""
     examples, seeds = zip(*pairs)
-    width = max(len(e["input_ids"]) for e in examples)
-    if model.device.type == "cuda":                      # attention copies masks of other widths
-        width += -width % 16
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-    for row, e in enumerate(examples):
-        n = len(e["input_ids"])
-        ids[row, :n], mask[row, :n] = torch.tensor(e["input_ids"]), 1
-        labels[row, e["answer"]:n] = ids[row, e["answer"]:n]
-    inputs = dict(input_ids=ids, labels=labels, attention_mask=mask, seeds=torch.tensor(seeds))
+    ids = pad_sequence([torch.tensor(e["input_ids"]) for e in examples], batch_first=True)
+    lengths = torch.tensor([[len(e["input_ids"])] for e in examples])
+    answers, place = torch.tensor([[e["answer"]] for e in examples]), torch.arange(ids.shape[1])
+    inputs = dict(input_ids=ids, attention_mask=(place < lengths).long(), seeds=torch.tensor(seeds),
+                  labels=ids.masked_fill((place < answers) | (place >= lengths), IGNORE))
     if names := model.config.class_names:                # the last number: none of these
         found = [[*names, e["label"]].index(e["label"]) for e in examples]
         inputs["class_ids"] = torch.tensor(found)
@@ -221,22 +202,20 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def score(model, inputs):
-    """Of the answer tokens of a batch: losses [M], times [M], and {T: whether the most likely token
-    is right [M], given the right ones before it}. The base runs once, for all of it."""
+    """Of the answer tokens of a batch, each [M]: the losses, and whether the most likely token is
+    right, given the right ones before it. The base runs once, for all of it."""
     context, targets = model.read_labelled(**inputs)
-    keep, hits = targets != IGNORE, {}
+    figures = {"val_loss": diffusion_losses(model.path, context, targets)}
     for T in (1, 15):
         logits, _, _ = diffuse(model.current_path(), context, T)
-        hits[T] = (logits.argmax(-1) == targets)[keep].float()
-    losses = diffusion_losses(model.path, context, targets)
-    return losses, torch.zeros_like(losses), hits
+        figures[f"accuracy_T{T}"] = (logits.argmax(-1) == targets)[targets != IGNORE].float()
+    return figures
 
 def answer(model, example, tokenizer):
     """The end of an example's prompt, the right answer, and the model's: 48 tokens at most."""
-    ids, begin, inputs = example["input_ids"], example["answer"], collate([(example, 0)], model)
+    ids, begin, end = example["input_ids"], example["answer"], tokenizer.eos_token_id
+    inputs = collate([(example | {"input_ids": ids[:begin]}, 0)], model)
     del inputs["labels"]
-    inputs |= {name: inputs[name][:, :begin] for name in ("input_ids", "attention_mask")}
-    end = tokenizer.eos_token_id
     made = model.generate(**inputs, do_sample=False, max_new_tokens=min(48, len(ids) - begin),
                           eos_token_id=end, pad_token_id=end)[0]
     texts = [ids[max(0, begin - 48):begin], ids[begin:begin + 48], made[begin:].tolist()]
@@ -245,19 +224,14 @@ def answer(model, example, tokenizer):
 
 @torch.no_grad()
 def validate(model, data, args, tokenizer, score):
-    """The loss, also in five bands of t, how often the most likely token is right, and answers."""
+    """The means of what `score` gives, over all answer tokens, and three answers."""
     model.eval()
     batches = micro_batches([(example, i) for i, example in enumerate(data)], args, model)
     batches = tqdm(batches, "validating", disable=rank() > 0, leave=False)
-    losses, times, hits = zip(*[score(model, inputs) for inputs in batches])
+    found = [score(model, inputs) for inputs in batches]
     answers = [answer(model, data[i], tokenizer) for i in range(min(3, len(data)))]
     model.train()
-    losses, bands = torch.cat(losses), (5 * torch.cat(times)).long()
-    figures = {"val_loss": losses}
-    figures |= {f"t<{(i + 1) / 5:.1f}": losses[bands == i] for i in range(5)}
-    figures |= {f"accuracy_T{T}": torch.cat([right[T] for right in hits]) for T in hits[0]}
-    means = {name: processes.mean(values) for name, values in figures.items()}
-    means = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    means = {name: processes.mean(torch.cat([part[name] for part in found])) for name in found[0]}
     return {"examples": len(data)} | means | {"answers": answers}
 
 def save_checkpoint(step, model, optimizer, args):
@@ -269,42 +243,40 @@ def save_checkpoint(step, model, optimizer, args):
         tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
     console.save_tensors(tensors, Path(args.out, "checkpoint.safetensors"))
 
-def load_checkpoint(tensors, model, optimizer):
-    """Put a checkpoint into model and optimizer: (updates done, size of the log then)."""
-    if tensors is None:
+def load_checkpoint(args, model, optimizer):
+    """Put the last checkpoint into model and optimizer: (updates done, size of the log then)."""
+    file = Path(args.out, "checkpoint.safetensors")
+    if not file.exists():
         return 0, 0
-    model.load_path({name[5:]: t for name, t in tensors.items() if name.startswith("path.")})
-    for name, p in model.path.named_parameters():
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"{key}.{name}" not in tensors:
-                raise ValueError(f"checkpoint.safetensors is damaged: it has no {key}.{name}")
-            device = "cpu" if key == "step" else p.device            # AdamW counts on the CPU
-            optimizer.state[p][key] = tensors[f"{key}.{name}"].to(device)
-    return tensors["step"].item(), tensors["log_size"].item()
+    with console.loading("checkpoint", f"{file} (delete it to begin anew)"):
+        tensors = console.load_tensors(file)
+        model.load_path({name[5:]: t for name, t in tensors.items() if name.startswith("path.")})
+        for name, p in model.path.named_parameters():
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                device = "cpu" if key == "step" else p.device        # AdamW counts on the CPU
+                optimizer.state[p][key] = tensors[f"{key}.{name}"].to(device)
+        return tensors["step"].item(), tensors["log_size"].item()
 
 def finish(model, args, kind):
     """The trained model and a card, moved into place. Weights move last: then all is there."""
     out, making = Path(args.out), Path(f"{args.out}.making")
     model.save_pretrained(making)
-    base = None if os.path.isdir(args.model) else args.model
-    data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=[kind], base_model=base,
-        base_model_relation="adapter" if base and kind == "l2d" else None,
-        datasets=None if os.path.exists(args.data) else [args.data.split(":")[0]])
+    card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [kind]}
+    if not os.path.isdir(args.model):
+        card["base_model"] = args.model
     settings = {name: getattr(args, name) for name in (*SETTINGS, "max_steps", "batch_size", "lr")}
-    lines = [json.loads(line) for line in open(out / "log.jsonl") if "val_loss" in line]
-    found = lines[-1] | {"answers": None} if lines else "none"
-    text = (f"---\n{data.to_yaml()}\n---\n# {kind} on {Path(args.model).name}\n\n"
-            f"Settings: {settings}\n\nLast validation: {found}\n")
-    (making / "README.md").write_text(text, encoding="utf-8")
+    log = [json.loads(line) for line in open(out / "log.jsonl") if "val_loss" in line]
+    found = {name: value for line in log for name, value in line.items() if name != "answers"}
+    (making / "README.md").write_text(
+        f"---\n{json.dumps(card)}\n---\n# {kind} on {Path(args.model).name}\n\n"
+        f"Settings: {settings}\n\nLast validation: {found}\n", encoding="utf-8")
     for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         os.replace(file, out / file.name)
     making.rmdir()
 
 def train(args, make_model=make_path, kind="l2d", score=score):
-    """Train what make_model(args, base, class_names) makes and save it, in a folder named after
-    `kind` if there is no args.out. Returns args, filled in. SystemExit 130: after Ctrl-C.
-    ValueError: options that do not fit the folder, the base, the data or the processes."""
+    """Train what make_model(args, base, class_names) makes, a `kind` of model, and save it. Returns
+    args, filled in. SystemExit 130: after Ctrl-C. ValueError: options that do not fit."""
     args.device = console.pick_device(args.device)
     args.model = args.model or tiny.base_folder(args.seed)
     args.data = args.data or f"{args.model}/train.jsonl"
@@ -320,7 +292,7 @@ def train(args, make_model=make_path, kind="l2d", score=score):
         run(args, *build(args, make_model), kind, score)
     return args
 
-def run(args, model, tokenizer, data, held_out, checkpoint, kind, score):
+def run(args, model, tokenizer, data, held_out, kind, score):
     """Train the model from the checkpoint on, and save it."""
     args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / args.batch_size)
     if args.warmup_steps is None:
@@ -331,22 +303,21 @@ def run(args, model, tokenizer, data, held_out, checkpoint, kind, score):
     decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
     no_decay = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decay, no_decay], betas=(0.9, 0.95))
-    step, log_size = load_checkpoint(checkpoint, model, optimizer)
+    step, log_size = load_checkpoint(args, model, optimizer)
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
     from_first(lambda: console.prepare_out(args, tokenizer, log_size))
-    log_file = Path(args.out, "log.jsonl") if rank() == 0 else os.devnull
-    with open(log_file, "a", buffering=1) as log:
-        step = loop(step, model, optimizer, data, held_out, tokenizer, args, score, log)
+    step = loop(step, model, optimizer, data, held_out, tokenizer, args, score)
     if step < args.max_steps:
         print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
         sys.exit(130)
     from_first(lambda: finish(model, args, kind))
 
-def loop(step, model, optimizer, data, held_out, tokenizer, args, score, log):
+def loop(step, model, optimizer, data, held_out, tokenizer, args, score):
     """Updates from `step` on, to the last or until interrupted. Returns how many are done."""
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
+    log = open(f"{args.out}/log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
     validated, stop = sum(held_out["length"]), False
 
     def due(every):
@@ -358,22 +329,20 @@ def loop(step, model, optimizer, data, held_out, tokenizer, args, score, log):
                      tokens_per_s=tokens / seconds, gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
         print(json.dumps(line), file=log)
         return line
-    with bar, processes.interrupts() as stopped:
+    with bar, log, processes.interrupts() as stopped:
         while True:
             start = time.perf_counter()
             if due(args.eval_every) and len(held_out) >= world():
                 line = {"step": step} | validate(model, held_out, args, tokenizer, score)
                 bar.write(console.summary(note(line, validated)))
-                bar.unpause()                            # for its own estimate of the time left
             if stop or step >= args.max_steps:
                 return step
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args)
             step += 1
             note(line, line["tokens"])
+            bar.set_postfix(loss=line["loss"], refresh=False)
             bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s",
-                                refresh=False)
             stop = stopped()
             # Before the validation, which may fail: --resume begins with it.
             if stop or due(args.save_every) or due(args.eval_every):

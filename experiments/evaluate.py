@@ -41,7 +41,7 @@ from transformers import GenerationConfig
 
 from experiments.results import Bench, append_line, interval, is_path
 from l2d import CHOICES, L2D, TABLEAUS, check_steps
-from support.chats import DATE, dated, read_file
+from support.chats import DATE, read_file
 from support.console import (check_numbers, console, last_run, load_base, load_model,
                              load_tokenizer, pick_device)
 from support.tiny import KINDS, LABELS
@@ -232,7 +232,6 @@ def load_lm(folder, how, device, dtype, batch_size):
     # Many a base's own tempers the sampling.
     model.generation_config = GenerationConfig(**tokens, disable_compile=True)
     tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = dated(tokenizer.get_chat_template())
     return import_harness().models.huggingface.HFLM(
         pretrained=model.to(pick_device(device)), tokenizer=tokenizer, backend="causal",
         batch_size=batch_size, chat_template_args={"date_string": DATE})

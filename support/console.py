@@ -11,9 +11,9 @@ import sys
 import textwrap
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
@@ -21,28 +21,30 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from l2d import L2D
 
+REMEDIES = {                                             # by what an error's name and text hold
+    "MemoryError|DefaultCPU": ": use a smaller --micro-batch-size, or --gradient-checkpointing",
+    r"^Dist\w*Error|gloo": ": another process of this run has ended. Continue with --resume",
+    os.strerror(errno.ENOSPC): ": make room, then start again (train.py: with --resume)",
+    "No module named": ": pip install -r requirements.txt -r experiments/requirements.txt",
+    "^(Runtime|Assertion)Error": " (L2D_TRACEBACK=1 shows where)",
+}
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The default after each option, and the lines of the description as they are."""
 
 @contextmanager
 def console(script):
     """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")     # it may be closed
     sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
     logging.set_verbosity_error()
-    huggingface_hub.logging.set_verbosity_error()
-    logging.disable_progress_bar()                       # of loading, but also of downloads:
-    huggingface_hub.utils.enable_progress_bars()
     try:
         yield
     except KeyboardInterrupt:
         print("stopped")
         sys.exit(130)
     except Exception as error:
-        known = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, ValueError,
-                 safetensors.SafetensorError)
-        plain = isinstance(error, known) or type(error) is Exception     # of tokenizers
-        if os.environ.get("L2D_TRACEBACK") or not plain:
+        bugs = (AttributeError, LookupError, NameError, TypeError)
+        if isinstance(error, bugs) or os.environ.get("L2D_TRACEBACK"):
             raise
         line = f"{script}: error: {one_line(error)}{remedy(error)}"
         if "TORCHELASTIC_ERROR_FILE" in os.environ:      # torchrun ends with what is in there
@@ -52,22 +54,12 @@ def console(script):
 
 def one_line(error, most=1000):
     """An error's text without line breaks, cut at `most` characters."""
-    if asked := re.search(r"DefaultCPUAllocator: .* allocate (\d+) bytes", str(error)):
-        error = f"out of memory: another {int(asked[1]) / 1e9:,.1f} GB do not fit"
     return textwrap.shorten(str(error), most, placeholder=" ..") or type(error).__name__
 
 def remedy(error):
     """What to do about an error whose own text does not say it."""
-    if isinstance(error, ImportError) and "pip install" not in str(error):
-        return ": pip install -r requirements.txt -r experiments/requirements.txt"
-    out_of_memory = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, out_of_memory) or "DefaultCPUAllocator" in str(error):
-        return ": use a smaller --micro-batch-size, or --gradient-checkpointing"
-    if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
-        return ": another process of this run has ended. Continue with --resume, on any number"
-    if os.strerror(errno.ENOSPC) in str(error):
-        return ": make room, then start again (train.py: with --resume)"
-    return " (L2D_TRACEBACK=1 shows where)" if isinstance(error, RuntimeError) else ""
+    text = f"{type(error).__name__}: {error}"
+    return next((remedy for cause, remedy in REMEDIES.items() if re.search(cause, text)), "")
 
 @contextmanager
 def loading(what, name):
@@ -75,7 +67,7 @@ def loading(what, name):
     try:
         yield
     except Exception as error:                           # no network, a gated model, half a file
-        text = one_line(error, 600)
+        text = one_line(f"{error} {error.__cause__ or ''}", 600)
         if not isinstance(error, (OSError, ValueError)):
             text += "; it may be damaged: save or fetch it again"
         raise OSError(f"no {what} can be loaded from {name}: {text}") from None
@@ -85,6 +77,8 @@ def load(kind, name, **kwargs):
     with loading(kind.__name__, name):
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
 
+load_model = partial(load, L2D)                          # a trained path with its base
+
 def load_base(name, **kwargs):
     """The frozen LM. ValueError: a tensor is missing (the library makes it up) or not finite."""
     base, found = load(AutoModelForCausalLM, name, output_loading_info=True, **kwargs)
@@ -93,11 +87,6 @@ def load_base(name, **kwargs):
     if missing or wrong:
         raise ValueError(f"fetch the model {name} again: missing {missing}, NaN or inf in {wrong}")
     return base
-
-def load_model(folder, **settings):
-    """A trained path with its base. OSError: no such path, or it does not take these settings."""
-    with loading("trained path", folder):
-        return L2D.from_pretrained(folder, trust_remote_code=False, **settings)
 
 def load_tokenizer(name, vocab_size=math.inf):
     """A tokenizer for chats. ValueError: no template, no eos, or ids that the model has not."""
@@ -112,22 +101,15 @@ def load_tokenizer(name, vocab_size=math.inf):
     return tokenizer
 
 def pick_device(wanted=None):
-    """The device `wanted`, or cuda, mps or cpu, the first there is. ValueError: it is not there."""
-    there = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    device = wanted or there
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError):               # torch asserts that it was built with CUDA
-        raise ValueError(f"there is no device {device} here: use {there}") from None
-    return device
+    """The device `wanted`, or cuda, mps or cpu, the first there is."""
+    return wanted or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 def check_numbers(parser, args, above_0=(), from_0=()):
     """parser.error about the first number, or number of a list, out of its range. None is fine."""
     def check(names, rule, good):
         for name in names:
             for value in args[name] if isinstance(args[name], list) else [args[name]]:
-                number = isinstance(value, (int, float))
-                if value is not None and not (number and good(value)):
+                if value is not None and not good(value):
                     parser.error(f"--{name.replace('_', '-')} {value!r} must be {rule}")
     check(above_0, "above 0", lambda value: 0 < value < math.inf)
     check(from_0, "0 or more", lambda value: 0 <= value < math.inf)
@@ -153,37 +135,29 @@ def save_tensors(tensors, file):
     write_whole(file, lambda making: safetensors.torch.save_file(tensors, making))
 
 def load_tensors(file):
-    """What `save_tensors` wrote (the format runs no code). ValueError: the file is damaged."""
-    try:
-        return safetensors.torch.load(Path(file).read_bytes())
-    except safetensors.SafetensorError:
-        raise ValueError(f"{file} is damaged: put back a copy, or delete it to begin again at "
-                         "step 0") from None
+    """What `save_tensors` wrote; the format runs no code."""
+    return safetensors.torch.load(Path(file).read_bytes())
 
 @contextmanager
 def claimed(folder):
     """Around all that is written into a folder: it has one writer, who holds a lock on the file
-    FOLDER.lock. The system takes locks back however a process ends, so one that kill -9 left is
-    free. ValueError: it is claimed; names the process and its machine. OSError: no locks here."""
-    lock, owner = FileLock(f"{folder}.lock"), Path(f"{folder}.owner")
+    FOLDER.lock. The system takes locks back however a process ends. ValueError: it is claimed;
+    names the process and its machine. OSError: the file system has no locks."""
+    lock, owner = FileLock(f"{folder}.lock", blocking=False), Path(f"{folder}.owner")
     os.makedirs(owner.parent, exist_ok=True)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire()
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
-        raise ValueError(f"{folder} is in use by {who}: wait for its end, or name another folder "
-                         "with --out") from None
-    except (OSError, NotImplementedError) as error:
-        raise OSError(f"{folder} cannot be locked ({one_line(error)}): name another folder "
-                      "with --out") from None
-    try:
+        raise ValueError(f"{folder} is in use by {who}: name another folder with --out") from None
+    with held:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        with suppress(OSError):                          # (Windows keeps files that are open)
-            owner.unlink()
-            os.unlink(lock.lock_file)
-        lock.release()
+        try:
+            yield
+        finally:
+            with suppress(OSError):                      # (Windows keeps files that are open)
+                owner.unlink()
+                os.unlink(lock.lock_file)
 
 def last_run(filename, containing=""):
     """The folder in out/ whose text file `filename`, with `containing` in it, is the newest. What
@@ -195,14 +169,13 @@ def last_run(filename, containing=""):
     return max(found, key=os.path.getmtime).parent
 
 def load_options(folder, names):
-    """The options of a run. ValueError: there are none, or they are not `names`."""
-    file, options = Path(folder, "args.json"), {}
-    with suppress(OSError, TypeError, ValueError):
+    """The options of a run. OSError: there are none, or they are not `names`."""
+    file = Path(folder, "args.json")
+    with loading("options", file):
         options = dict(json.loads(file.read_text(encoding="utf-8")))
-    if options.keys() != names:
-        raise ValueError(f"{file} does not hold the options of a run of this script: put back a "
-                         "copy, or start anew without --resume")
-    return options
+        if options.keys() != names:
+            raise ValueError("they are of another script: start anew, without --resume")
+        return options
 
 def summary(line):
     """A validation's line of the log, to be read: its figures, then questions and answers."""

@@ -32,19 +32,18 @@ def processes():
     if dist.is_initialized():
         dist.destroy_process_group()
 
-def from_first(make):
-    """make() of the first process, or its error, in all of them; the others do not run it."""
-    found = [None, None]
+def from_first(do):
+    """do() in the first process alone; its error, if any, in all of them."""
+    error = [None]
     if rank() == 0:
         try:
-            found[0] = make()
-        except Exception as error:
-            found[1] = error
+            do()
+        except Exception as raised:
+            error = [raised]
     if world() > 1:
-        dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
 
 def shares(items, cost):
     """Every process' part of a list, of about the same cost, and none empty if there are enough."""
@@ -62,22 +61,18 @@ def total(tensor):
     return tensor
 
 def mean(values):
-    """The mean of a tensor's numbers over all processes; NaN if there are none."""
-    sums = total(torch.stack([values.sum().cpu(), torch.tensor(float(values.numel()))]).double())
+    """The mean of a tensor's numbers over all processes."""
+    sums = total(torch.tensor([values.sum().item(), values.numel()], dtype=torch.float64))
     return (sums[0] / sums[1]).item()
 
 @contextmanager
 def interrupts():
     """A function that says whether Ctrl-C or SIGTERM (what clusters send before they stop a job)
     came, to any process: so no update is cut in two. Afterwards they do again what they did."""
-    seen = []
-    def handler(number, frame):
-        seen.append(number)
-        if world() == 1:                                 # a second one ends the script at once;
-            signal.signal(number, signal.SIG_DFL)        # torchrun passes each on twice
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    seen, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: seen.append(1)) for number in numbers]
     try:
         yield lambda: total(torch.tensor(len(seen))).item() > 0
     finally:
-        for number, was in before.items():
-            signal.signal(number, was)
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)

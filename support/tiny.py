@@ -132,7 +132,6 @@ def prepare(seed=0):
     folder = Path(base_folder(seed))
     torch.set_num_threads(1)                             # threads would only wait for each other
     if folder.exists():
-        print(f"tiny base: {folder} (made earlier; delete the folder to make it again)")
         return
     tokenizer = make_tokenizer()
     model = train_base(tokenizer, seed)

@@ -22,14 +22,13 @@ import tqdm.auto
 import transformers
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer, TextStreamer, pipeline
 
 import l2d
 import train
 from l2d import L2D, L2DConfig
 from support import chats, tiny
-from support.console import console, load_model
+from support.console import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,11 +133,6 @@ def test_errors_of_a_data_set_are_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(OSError, match="no data can be loaded from 'some/data' .* An error occurred while generating"):
         chats.read_rows("some/data")
-
-
-def test_scripts_show_downloads_and_nothing_else_of_the_libraries():
-    with console("train.py"):
-        assert not are_progress_bars_disabled() and not transformers.logging.is_progress_bar_enabled()
 
 
 def fill_cache(cache, name, folder):

@@ -63,10 +63,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_finetuning_the_base_writes_an_ordinary_checkpoint(folder, run, method):
-    """Its loss falls, and it has no bands of t; L2D can be trained on top of it."""
+    """Its loss falls; L2D can be trained on top of it."""
     data = ["--model", "base", "--data", "chats.jsonl"]
     output = run("-m", "experiments.finetune", *data, "--method", method, "--out", method, *SHORT)
-    assert "accuracy_T1" in output and "t<0.2" not in output
+    assert "accuracy_T1" in output and "accuracy_T15" not in output
     log = (folder / method / "log.jsonl").read_text()
     losses = [line["val_loss"] for line in map(json.loads, log.splitlines()) if "val_loss" in line]
     assert losses[-1] < losses[0]

@@ -281,7 +281,7 @@ def test_a_file_system_without_locks_is_told_of(whole):
             raise OSError(errno.ENOLCK, "No locks available")
         fcntl.flock = unable
     text = run(*RUN, "--out", "lockless", code=1, before=before)
-    assert "train.py: error: lockless cannot be locked ([Errno 37] No locks available): name another folder" in text
+    assert "train.py: error: [Errno 37] No locks available" in text
     assert not Path("lockless").exists()
 
 

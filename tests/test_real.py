@@ -213,7 +213,6 @@ def test_two_paths_are_compared_on_the_same_tokens(run, monkeypatch, capsys):
     (["--seed", "1"], "is of seed = 0, not 1"),
     (["--init", "tied"], "is of init = paper, not tied"),
     (["--batch-size", "8"], "is of batch_size = 16, not 8"),
-    (["--device", "cuda:77"], "there is no device cuda:77"),
     (["--data", "base/config.json"], "holds other rows than base/config.json")])
 def test_what_does_not_fit_is_refused(run, monkeypatch, options, words):
     with pytest.raises(ValueError, match=words):

@@ -183,7 +183,7 @@ def test_torchrun_ends_with_what_was_wrong(whole):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *map(str, RUN)]
     done = subprocess.run([*command, "--out", "told", "--data", "none.jsonl"], capture_output=True, text=True)
     last = done.stderr[done.stderr.index("Root Cause"):]
-    assert done.returncode == 1 and "train.py: error: [Errno 2] No such file or directory: 'none.jsonl'" in last
+    assert done.returncode == 1 and "train.py: error: no data can be loaded from 'none.jsonl'" in last
 
 
 def test_what_the_first_process_cannot_do_is_the_error_of_all(whole):
