@@ -251,93 +251,16 @@ def naive_losses(model, ids, labels, seed, g):
     return losses
 
 
-# ---- Settings ------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("setting, message", [
-    (dict(path="lorra"), "path='lorra' is unknown; use one of lora, full, scratch"),
-    (dict(timesteps="log"), "timesteps='log' is unknown; use one of uniform, cosmap"),
-    (dict(velocity="mean"), "velocity='mean' is unknown; use one of argmax, sample, expectation"),
-    (dict(solver="heun"),
-     "solver='heun' is unknown; use one of euler, midpoint, rk4, fehlberg2, bosh3"),
-    (dict(sigma=0), "sigma=0 must be a positive"),
-    (dict(lora_rank=0), "lora_rank=0 must be a whole number, 1 or more"),
-    (dict(cond_dim=33), "cond_dim=33 must be even"),
-    (dict(class_dropout=1.5), r"class_dropout=1.5 must lie in \[0, 1\]"),
-    (dict(guidance=-0.5), "guidance=-0.5 must be a number, 0 or more"),
-    (dict(guidance=1.5, class_names=()), "guidance=1.5 needs classes"),
-    (dict(t_end=0), r"t_end=0 must lie in \(0, 1\] for midpoint"),
-    (dict(t_end=1.5), r"t_end=1.5 must lie in \(0, 1\] for midpoint"),
-    (dict(t_start=1.0), r"t_start=1.0 must lie in \[0, 1\)"),
-    (dict(t_start=-0.1), r"t_start=-0.1 must lie in \[0, 1\)"),
-    (dict(t_start=0.5, t_end=0.4), r"t_start=0.5 must lie in \[0, 0.4\)"),
-    (dict(t_end=1.0, solver="rk4", steps=5),
-     r"t_end=1.0 must lie in \(0, 1\) for rk4"),
-    (dict(steps=4), "steps=4 is not possible with midpoint, which needs steps = 2n . 1; "
-     "the nearest are 3 and 5"),
-])
-def test_impossible_setting_is_named_with_the_possible_ones(setting, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_l2d(**setting)
-
-
-def test_settings_that_change_later_are_checked_when_they_are_used():
-    model = tiny_l2d(class_names=())
-    right = model(IDS, seeds=SEEDS).logits
-    for name, value in (("steps", 8), ("solver", "heun"), ("sigma", -1.0), ("guidance", 1.5),
-                        ("t_end", 2.0), ("cond_dim", 33), ("max_evaluations", 1)):
-        before, cache = getattr(model.config, name), DynamicCache()
-        setattr(model.config, name, value)
-        with pytest.raises(ValueError, match=f"{name}={value}|{name}='{value}'"):
-            model(IDS, seeds=SEEDS, past_key_values=cache)
-        setattr(model.config, name, before)
-        assert cache.get_seq_length() == 0               # before the base has run
-    assert torch.equal(model(IDS, seeds=SEEDS).logits, right)
-    with pytest.raises(ValueError, match="steps=8 is not possible with midpoint"):
-        diffuse(model.path, read(model), 8)
-
-
-def test_an_unknown_setting_is_refused():
-    with pytest.raises(ValueError, match="unknown settings: sampling, stepz"):
-        L2DConfig(stepz=7, sampling=True)
-
-
-@pytest.mark.parametrize("solver, sigma, expected", [
-    ("euler", 64, 1), ("midpoint", 64, 1), ("rk4", 64, 63/64), ("rk4", 3, 0.95),
-    ("fehlberg2", 64, 63/64), ("bosh3", 3, 0.95)])
-def test_default_end_time(solver, sigma, expected):
-    settings = dict(solver=solver, sigma=sigma, steps=5)
-    assert end_time(L2DConfig(**settings)) == pytest.approx(expected)
-    assert end_time(L2DConfig(**settings, t_end=0.5)) == 0.5
-
-
-@pytest.mark.parametrize("solver, steps", [
-    ("euler", 15), ("midpoint", 15), ("midpoint", 127), ("rk4", 17), ("rk4", 1)])
-def test_steps_count_the_first_and_the_final_evaluation(solver, steps):
-    model, seen = tiny_l2d(solver=solver, steps=steps), []
-    context = model.read(torch.ones(1, 3, dtype=torch.bool), IDS[:1, :3])
-    observe = lambda x, t, logits: seen.append(t.item())
-    _, used, _ = diffuse(model.path, context, observe=observe)
-    assert len(seen) == steps and used.eq(steps).all()
-    last = end_time(model.config) if steps > 1 else 0
-    assert seen[0] == 0 and seen[-1] == pytest.approx(last)
-
-
-@pytest.mark.parametrize("solver, steps, nearest", [
-    ("midpoint", 16, "15 and 17"), ("rk4", 16, "13 and 17"), ("rk4", 3, "1 and 5")])
-def test_impossible_steps_name_their_neighbours(solver, steps, nearest):
-    with pytest.raises(ValueError, match=f"steps={steps}.*{solver}.*nearest are {nearest}"):
-        check_steps(solver, steps)
-
-
-@pytest.mark.parametrize("steps", [0, -1, 1.5, 3.0, True, "3"])
-def test_steps_must_be_a_whole_number(steps):
-    with pytest.raises(ValueError, match=f"steps={steps} must be a whole number"):
-        check_steps("euler", steps)
-    with pytest.raises(ValueError, match=f"steps={steps} must be a whole number"):
-        tiny_l2d()(IDS, steps=steps)
-
-
 # ---- Random numbers ------------------------------------------------------------------------------
+
+def test_a_random_number_depends_on_its_address_only():
+    seeds, positions = torch.tensor([5, 2**61, 5, 0]), torch.tensor([0, 3, 1, 0])
+    u = uniform(8, seeds, positions, 1)
+    assert u.shape == (4, 8) and len(u.unique()) == u.numel()
+    for i in range(4):
+        assert torch.equal(uniform(5, seeds[i:i+1], positions[i:i+1], 1)[0], u[i, :5])
+        assert torch.equal(uniform(5, seeds[i], positions[i], torch.tensor(1)), u[i, :5])
+
 
 ZERO, ONE = torch.tensor(0), torch.tensor(1)
 
@@ -368,15 +291,6 @@ def test_uniform_numbers_at_neighbouring_addresses_are_independent():
 
 def test_every_use_of_random_numbers_has_a_stream_of_its_own():
     assert len({l2d.TIME, l2d.NOISE, l2d.DROP, l2d.VELOCITY}) == 4
-
-
-def test_a_random_number_depends_on_its_address_only():
-    seeds, positions = torch.tensor([5, 2**61, 5, 0]), torch.tensor([0, 3, 1, 0])
-    u = uniform(8, seeds, positions, 1)
-    assert u.shape == (4, 8) and len(u.unique()) == u.numel()
-    for i in range(4):
-        assert torch.equal(uniform(5, seeds[i:i+1], positions[i:i+1], 1)[0], u[i, :5])
-        assert torch.equal(uniform(5, seeds[i], positions[i], torch.tensor(1)), u[i, :5])
 
 
 def test_the_numbers_of_the_first_version_are_unchanged():
@@ -423,7 +337,18 @@ def test_no_address_is_used_twice_in_a_generation(length, velocity, draws, monke
     assert len(keys) == len(used)                        # nor do two addresses give the same
 
 
-# ---- Parameters: how many, and their first values ------------------------------------------------
+# ==== Part I of l2d.py: the method ================================================================
+
+# ---- LoRA, and the parameters: how many, and their first values ----------------------------------
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_lora_is_a_merged_dense_weight(kind):
+    model, x = tiny_l2d(kind), torch.randn(5, 64)
+    layer, lora = model.base.model.layers[1].self_attn.q_proj, model.path.blocks[1].q_proj
+    merged = layer.weight + 8.0 / 4 * lora.lora_B @ lora.lora_A
+    assert not torch.allclose(lora(x, layer), layer(x), atol=0.1)
+    assert torch.allclose(lora(x, layer), F.linear(x, merged, layer.bias), atol=1e-5)
+
 
 PUBLISHED = {                                            # sizes of the published configurations
     "llama-1b": LlamaConfig(
@@ -482,15 +407,6 @@ def test_a_new_path_is_the_identity_on_the_embedded_noise():
     assert torch.allclose(path.hidden(x, t, context), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_lora_is_a_merged_dense_weight(kind):
-    model, x = tiny_l2d(kind), torch.randn(5, 64)
-    layer, lora = model.base.model.layers[1].self_attn.q_proj, model.path.blocks[1].q_proj
-    merged = layer.weight + 8.0 / 4 * lora.lora_B @ lora.lora_A
-    assert not torch.allclose(lora(x, layer), layer(x), atol=0.1)
-    assert torch.allclose(lora(x, layer), F.linear(x, merged, layer.bias), atol=1e-5)
-
-
 @pytest.mark.parametrize("path", ["full", "scratch"])
 def test_full_and_scratch_have_their_own_layers(path):
     model = tiny_l2d("qwen2", perturb=False, path=path)
@@ -511,15 +427,6 @@ def test_full_and_scratch_have_their_own_layers(path):
 
 # ---- Conditioning --------------------------------------------------------------------------------
 
-def test_time_features():
-    features = l2d.time_features(torch.tensor([[0.0], [0.3], [1.0]]), 256)
-    for t, row in zip((0.0, 0.3, 1.0), features):
-        for j in (0, 1, 64, 127):
-            w = 10000 ** (-j / 128)
-            assert row[j].item() == pytest.approx(math.cos(t * w), abs=1e-6)
-            assert row[128 + j].item() == pytest.approx(math.sin(t * w), abs=1e-6)
-
-
 def test_condition_is_time_plus_class():
     model = tiny_l2d()
     path = model.path
@@ -530,6 +437,15 @@ def test_condition_is_time_plus_class():
         assert torch.allclose(path.condition(times, classes), expected.view(*shape, 32), atol=1e-6)
         alone = (expected - path.class_embedder.weight[g]).view(*shape, 32)
         assert torch.allclose(path.condition(times, None), alone, atol=1e-6)
+
+
+def test_time_features():
+    features = l2d.time_features(torch.tensor([[0.0], [0.3], [1.0]]), 256)
+    for t, row in zip((0.0, 0.3, 1.0), features):
+        for j in (0, 1, 64, 127):
+            w = 10000 ** (-j / 128)
+            assert row[j].item() == pytest.approx(math.cos(t * w), abs=1e-6)
+            assert row[128 + j].item() == pytest.approx(math.sin(t * w), abs=1e-6)
 
 
 def test_null_class_is_the_last_row_and_the_default():
@@ -634,6 +550,736 @@ def test_at_t_0_the_path_adds_exactly_nothing_for_every_class(dtype):
             assert torch.equal(path(x, t, context), own)
             assert torch.equal(l2d.predict(path, x, t, context), own)
             assert not torch.equal(path(x, t + 0.1, context), own)
+
+
+# ---- Loss and gradient ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, config", [
+    ("llama", dict(class_dropout=0.5)), ("llama", dict(timesteps="cosmap", class_names=())),
+    ("qwen2", dict(path="full"))])
+def test_loss_and_its_gradient_are_those_of_the_naive_loss(kind, config):
+    """In a left-padded batch with unlabelled positions. The gradient shows, too, that x_1 is not
+    detached."""
+    model, lengths = tiny_l2d(kind, **config), [9, 6, 4]
+    g = [0, 1, 2] if model.config.class_names else None
+    batch = left_padded(IDS, lengths)
+    first = batch["position_ids"] == 0                   # padding, and first tokens
+    labels = batch["input_ids"].masked_fill(first, -100)
+    labels[0, 3:5], labels[1, -1] = -100, -100
+    naive = []
+    for row, n in enumerate(lengths):
+        seed, g_row = SEEDS[row].item(), g and g[row]
+        naive += naive_losses(model, IDS[row, :n], labels[row, -n:], seed, g_row)
+    assert len(naive) == 6 + 4 + 3
+    (sum(naive) / len(naive)).backward()
+    expected = {name: p.grad for name, p in weights(model).items()}
+    model.zero_grad(set_to_none=True)
+
+    batch |= dict(labels=labels, seeds=SEEDS, class_ids=g and torch.tensor(g))
+    losses = token_losses(model, **batch)
+    assert torch.allclose(losses, torch.stack(naive), rtol=1e-4, atol=1e-4)
+    loss = model(**batch).loss
+    assert loss.item() == pytest.approx(sum(naive).item() / 13, rel=1e-5)
+    loss.backward()
+    for name, p in weights(model).items():
+        atol = 1e-3 * expected[name].abs().max() + 1e-7
+        assert torch.allclose(p.grad, expected[name], rtol=1e-3, atol=atol), name
+
+
+def test_times_are_uniform_or_cosmapped(monkeypatch):
+    ids, seeds, found = torch.zeros(500, 5, dtype=torch.int64), torch.arange(500), []
+    model = tiny_l2d(perturb=False)
+    monkeypatch.setattr(l2d, "rescale", lambda x_t, t, sigma: found.append(t) or x_t)
+    token_losses(model, ids, ids, seeds=seeds)
+    model.config.timesteps = "cosmap"
+    token_losses(model, ids, ids, seeds=seeds)
+    t, mapped = found
+    assert t.shape == (500, 4, 1) and t.mean().item() == pytest.approx(1/2, abs=0.03)
+    assert torch.allclose(mapped, 1 - 1 / (torch.tan(math.pi * t / 2) + 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(attention_mask=torch.ones(3, 12)), r"\[3, 12\]; it must be \[3, 9\]"),
+    (dict(attention_mask=torch.ones(3, 6)), r"\[3, 6\]; it must be \[3, 9\]"),
+    (dict(steps=3), "labels take no past_key_values, steps or logits_to_keep"),
+    (dict(logits_to_keep=1), "labels take no past_key_values, steps or logits_to_keep"),
+    (dict(seeds=torch.tensor([5])), r"seeds must be 3 whole numbers, one for each row: not \[5\]"),
+    (dict(seeds=torch.tensor([0.1, 0.7, 1])), "seeds must be 3 whole numbers"),
+    (dict(class_ids=torch.tensor([1])), r"class_ids must be 3 whole numbers")])
+def test_a_loss_takes_no_argument_that_it_would_not_use_as_given(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_l2d()(IDS, labels=IDS, **wrong)
+
+
+def test_a_base_in_training_mode_answers_as_in_evaluation():
+    model = tiny_l2d(base=tiny_base(attention_dropout=0.5))
+    right = model(IDS, seeds=SEEDS).logits
+    model.base.train()
+    assert torch.equal(model(IDS, seeds=SEEDS).logits, right)
+
+
+@pytest.mark.parametrize("names", ["math", ["a", "a"]])
+def test_class_names_are_a_list_of_different_names(names):
+    with pytest.raises(ValueError, match="must be a list of different names"):
+        L2DConfig(class_names=names)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+def test_cross_entropy_in_chunks_equals_the_whole_in_value_and_gradient(chunk):
+    model, targets, share = tiny_l2d(), torch.arange(7), torch.rand(7)
+    hidden = torch.randn(7, 64, requires_grad=True)
+    logits = model.base.lm_head(model.base.model.norm(hidden))
+    whole = torch.logsumexp(logits, -1) - logits[torch.arange(7), targets]
+    chunked = l2d.cross_entropy(read(model), hidden, targets, chunk)
+    gradients = [torch.autograd.grad((losses * share).sum(), hidden)[0]
+                 for losses in (whole, chunked)]
+    assert torch.allclose(chunked, whole, atol=1e-5) and torch.allclose(*gradients, atol=1e-5)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    model, labels = tiny_l2d(), IDS.clone()
+    labels[0, 4:] = -100                                 # 3 labels in this row, 8 in the others
+    whole = model(IDS, labels=labels, seeds=SEEDS).loss
+    parts = [model(IDS[i:i+1], labels=labels[i:i+1], seeds=SEEDS[i:i+1], num_items_in_batch=19).loss
+             for i in range(3)]
+    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
+    assert parts[0].item() < parts[1].item()
+    assert model(IDS, labels=labels, seeds=SEEDS + 1).loss != whole
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain, saving = tiny_l2d().train(), tiny_l2d().train()
+    enable = getattr(saving, "activation_checkpointing_enable", None)     # its newer name
+    enable = enable or saving.gradient_checkpointing_enable
+    enable()
+    assert saving.path.gradient_checkpointing
+    assert train(plain, 3) == pytest.approx(train(saving, 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("path", ["lora", "full"])
+def test_gradient_reaches_the_whole_path_and_nothing_of_the_base(path):
+    """All but the last bias of the output weight, which cancels in h(c(t)) - h(c(0)): its gradient
+    is always zero."""
+    model = tiny_l2d("qwen2", path=path)
+    model(IDS, labels=IDS, seeds=SEEDS, class_ids=torch.tensor([0, 1, 2])).loss.backward()
+    for name, p in weights(model).items():
+        assert p.grad is not None and p.grad.isfinite().all()
+        assert (p.grad == 0).all() == (name == "output_weight.2.bias"), name
+    assert all(p.grad is None and not p.requires_grad for p in model.base.parameters())
+    assert not model.train().base.training               # training mode is the path's alone
+
+
+def test_learning_unlocks_in_stages():
+    """H_2; then the embedders, the translation and M_2 (and H_1); then LoRA's B and M_1; then
+    LoRA's A."""
+    model = tiny_l2d(perturb=False, class_dropout=0.2)
+    optimizer, seen, stages = torch.optim.AdamW(model.path.parameters(), lr=1e-2), set(), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(IDS, labels=IDS, seeds=SEEDS, class_ids=torch.tensor([0, 1, 2])).loss.backward()
+        nonzero = {name for name, p in weights(model).items() if (p.grad != 0).any()}
+        stages.append(nonzero - seen)
+        seen |= nonzero
+        optimizer.step()
+    names = lambda *parts: {name for name in weights(model) if any(part in name for part in parts)}
+    assert stages[0] == names("output_weight.2.weight")
+    assert stages[1] == names("output_weight.0", "vocabulary", "_embedder", "adaLN_modulation.2")
+    assert stages[2] == names("lora_B", "adaLN_modulation.0")
+    assert stages[3] == names("lora_A")
+    assert stages[4] == set() and weights(model).keys() - seen == {"output_weight.2.bias"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_few_steps_lower_the_loss(dtype):
+    model = tiny_l2d(base=tiny_base(dtype=dtype), perturb=False)
+    losses = train(model, 20)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# ---- Velocity ------------------------------------------------------------------------------------
+
+def test_velocity_points_at_the_believed_token():
+    model = tiny_l2d()
+    path, context = model.current_path(), read(model)
+    x, t = 4 * torch.randn(3, 1, 16), torch.tensor([0.0, 0.3, 0.9])[:, None, None]
+    logits = path(x, t, context)
+    expected = torch.stack([(naive_token(model, y) - x[i, 0]) / (1 - t[i, 0])
+                            for i, y in enumerate(logits[:, 0].argmax(-1))])
+    found = l2d.velocity(estimate(path, logits, t, context), x, t)
+    assert torch.allclose(found[:, 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_free_evaluation_at_t_0_is_the_paths():
+    model = tiny_l2d()
+    path, context, seen = model.current_path(), read(model), []
+    diffuse(path, context, observe=lambda *found: seen.append(found))
+    x, t, free = seen[0]
+    assert t == 0 and torch.equal(x, l2d.initial_noise(model.config, context))
+    paid = path(x, torch.zeros(3, 1, 1), context)
+    estimates = [estimate(path, logits, t, context) for logits in (free, paid)]
+    assert torch.allclose(*estimates, atol=1e-5)
+
+
+def test_expectation_is_the_mean_of_all_tokens():
+    model = tiny_l2d(velocity="expectation")
+    logits, context = 3 * torch.randn(3, 1, 97), read(model)
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    expected = torch.stack([sum(p[i, 0, y] * naive_token(model, y) for y in range(97))
+                            for i in range(3)])
+    found = estimate(model.current_path(), logits, torch.full((3, 1, 1), 0.5), context)
+    assert torch.allclose(found[:, 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5, 0.9])
+def test_samples_follow_the_probabilities_at_temperature_1_minus_t(t):
+    """At t = 0, temperature 1, their mean is the expectation."""
+    M = 4000
+    model = tiny_l2d(velocity="sample")
+    context = read(model, IDS[:1, :3].expand(M, -1), seeds=torch.arange(M))
+    logits = 2 * torch.randn(97)
+    p = (logits / (1 - t)).softmax(-1)
+    times = torch.full((M, 1, 1), t)
+    x_hat = estimate(model.current_path(), logits.expand(M, 1, 97), times, context)[:, 0]
+    share = torch.cdist(x_hat, table(model)).argmin(-1).bincount(minlength=97) / M
+    assert ((share - p).abs() <= 5 * torch.sqrt(p * (1 - p) / M) + 1 / M).all()
+    spread = 5 / math.sqrt(M) * table(model).abs().max()
+    assert torch.allclose(x_hat.mean(0), p @ table(model), atol=spread)
+
+
+def test_samples_are_repeated_at_the_same_time_and_drawn_anew_at_another():
+    model = tiny_l2d(velocity="sample")
+    context = read(model, IDS[:1, :3].expand(200, -1), seeds=torch.arange(200))
+    draw = lambda t: estimate(model.current_path(), torch.zeros(200, 1, 97),
+                              torch.full((200, 1, 1), t), context)
+    assert torch.equal(draw(0.4), draw(0.4))
+    assert (draw(0.4) == draw(0.5)).all(-1).sum() < 12   # expected: 2 of 200
+
+
+def test_the_temperature_falls_with_t_and_sampling_ends_as_argmax():
+    model, logits = tiny_l2d(velocity="sample"), torch.randn(1, 1, 97).expand(3, 200, 97)
+    seeds, keep = torch.arange(3), torch.ones(3, 200, dtype=torch.bool)
+    context = read(model, torch.zeros(3, 200, dtype=torch.int64), keep, seeds)
+    greedy = table(model)[logits.argmax(-1)]
+    shares = []
+    for t in (0.0, 0.5, 0.8, 0.95, 1.0):
+        drawn = estimate(model.current_path(), logits, torch.full((3, 200, 1), t), context)
+        shares.append((drawn == greedy).all(-1).float().mean().item())
+    assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1
+    model.config.velocity = "argmax"
+    times = torch.zeros(3, 200, 1)
+    assert torch.equal(estimate(model.current_path(), logits, times, context), greedy)
+
+
+@pytest.mark.parametrize("velocity", ["argmax", "sample"])
+def test_euler_ends_on_a_token(velocity):
+    """Its last step covers all that is left: to the token it believes in, or to the one drawn."""
+    model, seen = tiny_l2d(solver="euler", velocity=velocity), []
+    diffuse(model.current_path(), read(model), 6, lambda x, t, logits: seen.append((x, logits)))
+    end, believed = seen[-1][0], table(model)[seen[-2][1][:, 0].argmax(-1)][:, None]
+    assert ((end - table(model)).abs().amax(-1) < 1e-4).any(-1).all()
+    assert velocity == "sample" or torch.allclose(end, believed, atol=1e-4)
+
+
+# ---- Solvers -------------------------------------------------------------------------------------
+
+def swing(x, t):
+    """dx/dt = 2 cos(2 t) x, whose solution from x_0 is x_0 exp(sin(2 t))."""
+    return 2 * torch.cos(2 * torch.as_tensor(t, dtype=x.dtype)) * x
+
+
+def jolt(x, t):
+    """Little happens before t = 0.6 and much from there on: a solver that has lengthened its steps
+    must refuse some."""
+    return 30 * torch.sigmoid((torch.as_tensor(t, dtype=x.dtype) - 0.6) / 0.01) - x
+
+
+X_0 = torch.tensor([[0.5, -1.0], [2.0, 3.0], [0.01, 40.0]], dtype=torch.float64)
+
+
+def fixed(velocity, x, t_end, n, solver):
+    return solve_fixed(velocity, x, 0.0, t_end, n, TABLEAUS[solver])
+
+
+def adaptive(velocity, x, t_end, solver, atol, rtol, most=1000):
+    return solve_adaptive(velocity, x, 0.0, t_end, TABLEAUS[solver], atol, rtol, most)
+
+
+@pytest.mark.parametrize("solver, order", [
+    ("euler", 1), ("midpoint", 2), ("rk4", 4), ("fehlberg2", 2), ("bosh3", 3)])
+def test_order_of_convergence(solver, order):
+    exact = X_0 * math.exp(math.sin(1.6))
+    errors = [(fixed(swing, X_0, 0.8, n, solver) - exact).norm() for n in (16, 32)]
+    assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.25)
+
+
+def test_rk4_is_the_classic_one():
+    x, h = X_0, 0.3
+    k_1 = swing(x, 0)
+    k_2 = swing(x + h/2 * k_1, h/2)
+    k_3 = swing(x + h/2 * k_2, h/2)
+    k_4 = swing(x + h * k_3, h)
+    expected = x + h/6 * (k_1 + 2*k_2 + 2*k_3 + k_4)
+    assert torch.allclose(fixed(swing, x, h, 1, "rk4"), expected)
+
+
+@pytest.mark.parametrize("t_end", [1.0, 0.95])
+@pytest.mark.parametrize("n", [1, 3, 7, 10])
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4"])
+def test_velocities_are_taken_at_the_stages_times(solver, n, t_end):
+    """At t_i + c·h, t_i = i·h. `first` is the one at 0, so that is not computed again."""
+    times = []
+    fixed(lambda x, t: times.append(t) or x, X_0, t_end, n, solver)
+    c = TABLEAUS[solver].c
+    expected = [(i + c_j) * t_end / n for i in range(n) for c_j in c]
+    assert times == pytest.approx(expected, abs=1e-12) and times[0] == 0
+
+
+@pytest.mark.parametrize("solver, lower", [
+    ("fehlberg2", (1/256, 255/256, 0)), ("bosh3", (7/24, 1/4, 1/3, 1/8))])
+def test_error_is_the_difference_from_a_method_of_one_order_less(solver, lower):
+    """A method of order p integrates 1, t .. t^(p - 1) exactly, and not t^p: the sum of b c^q is
+    1/(q + 1)."""
+    tableau = TABLEAUS[solver]
+    assert tableau.error == pytest.approx([b - low for b, low in zip(tableau.b, lower)], abs=1e-15)
+    for p, share in ((tableau.order, tableau.b), (tableau.order - 1, lower)):
+        sums = [sum(b * c ** q for b, c in zip(share, tableau.c)) for q in range(p + 1)]
+        exact = [abs(total - 1 / (q + 1)) < 1e-12 for q, total in enumerate(sums)]
+        assert exact == [True] * p + [False]
+
+
+def naive_adaptive(velocity, x, t_end, tableau, atol, rtol):
+    """One row, number by number: x at t_end, the evaluations used, and how many steps were
+    refused."""
+    s, t, h, used, refused = len(tableau.c), 0.0, min(0.05, t_end), 1, 0
+    k_1 = velocity(x, 0.0)
+    total = lambda share, ks, j: sum(share[m] * k[j] for m, k in enumerate(ks))
+    while t < t_end:
+        h, ks = min(h, t_end - t), [k_1]
+        for i in range(1, s):
+            stage = [x_j + h * total(tableau.a[i], ks, j) for j, x_j in enumerate(x)]
+            ks.append(velocity(stage, t + tableau.c[i] * h))
+        used += s - 1
+        new = [x_j + h * total(tableau.b, ks, j) for j, x_j in enumerate(x)]
+        error = [h * total(tableau.error, ks, j) for j in range(len(x))]
+        terms = [(e / (atol + rtol * max(abs(a), abs(b)))) ** 2 for e, a, b in zip(error, x, new)]
+        ratio = math.sqrt(sum(terms) / len(terms))
+        accepted = ratio <= 1
+        refused += not accepted
+        if accepted:
+            x, t = new, t_end if h >= t_end - t else t + h
+            if s == 4:                                   # bosh3: taken at the new state
+                k_1 = ks[-1]
+            elif t < t_end:
+                k_1, used = velocity(x, t), used + 1
+        h *= min(10, max(0.9 * ratio ** (-1 / tableau.order), 1 if accepted else 0.2))
+    return x, used, refused
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+@pytest.mark.parametrize("velocity", [swing, jolt])
+def test_adaptive_solver_is_the_naive_one(solver, velocity):
+    x, t, used = adaptive(velocity, X_0, 0.95, solver, 3e-4, 3e-4)
+    assert (t == 0.95).all()
+    for row in range(3):
+        naive = lambda x, t: velocity(torch.tensor(x, dtype=torch.float64), t).tolist()
+        expected, count, refused = naive_adaptive(
+            naive, X_0[row].tolist(), 0.95, TABLEAUS[solver], 3e-4, 3e-4)
+        assert x[row].tolist() == pytest.approx(expected, rel=1e-6) and used[row] == count
+        assert refused > 0 or velocity is swing
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-4, 1e-5])
+def test_adaptive_solver_reaches_the_exact_solution(tolerance):
+    """Bogacki-Shampine to its tolerance. Fehlberg 2(1) weighs its error by 1/512: expect some 100
+    times more."""
+    exact = X_0 * math.exp(math.sin(1.9))
+    for solver, factor in (("bosh3", 2), ("fehlberg2", 200)):
+        x, _, _ = adaptive(swing, X_0, 0.95, solver, tolerance, tolerance)
+        assert torch.allclose(x, exact, rtol=factor * tolerance, atol=factor * tolerance)
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+def test_adaptive_rows_are_independent(solver):
+    """Each has steps of its own. (float64: 1e-12 is 4000 roundings.)"""
+    rates = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)
+    def velocity(rows):
+        return lambda x, t: -rates[rows] * (x - torch.cos(torch.as_tensor(t, dtype=x.dtype)))
+    solve = lambda rows: adaptive(velocity(rows), X_0[rows], 0.95, solver, 1e-4, 1e-4)
+    together = solve([0, 1, 2])
+    assert len(together[2].unique()) == 3
+    for row in range(3):
+        alone = solve([row])
+        assert torch.allclose(alone[0][0], together[0][row], rtol=1e-12)
+        assert alone[2][0] == together[2][row]
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+@pytest.mark.parametrize("rate", [1, 100])
+def test_adaptive_counts_are_true(solver, rate):
+    calls = []
+    velocity = lambda x, t: calls.append(float(t)) or -rate * x * (1 + torch.as_tensor(t))
+    _, t, used = adaptive(velocity, X_0[:1], 0.95, solver, 1e-4, 1e-4)
+    assert used.tolist() == [len(calls)] and t.item() == 0.95
+    assert max(calls) <= 0.95                            # the last step is clipped at the end
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+@pytest.mark.parametrize("cap", [5, 20, 21, 22])
+def test_adaptive_cap(solver, cap):
+    """A row that would need more evaluations stops at its cap, and says where; its neighbour is not
+    disturbed."""
+    rates = torch.tensor([[0.0], [1e4]], dtype=torch.float64)
+    velocity = lambda x, t: rates * torch.cos(1e3 * torch.as_tensor(t)) * x
+    _, t, used = adaptive(velocity, X_0[:2], 0.95, solver, 1e-8, 1e-8, cap)
+    assert (used <= cap).all() and t[1] < 0.95 and (cap < 20 or t[0] == 0.95)
+    assert cap - used[1] < len(TABLEAUS[solver].c)       # it does not give up early
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+def test_adaptive_ends_on_a_discontinuous_velocity(solver):
+    """An argmax that flips from step to step: x is drawn to -1 where it is positive and to +1 where
+    it is not."""
+    velocity = lambda x, t: (-torch.sign(x) - x) / (1 - torch.as_tensor(t))
+    x, t, used = adaptive(velocity, torch.randn(20, 4), 0.95, solver, 3e-4, 3e-4, 500)
+    assert (used <= 500).all() and x.isfinite().all()
+    assert ((t == 0.95) | (used > 490)[:, None]).all()
+
+
+# ---- Guidance, and Algorithm 1 -------------------------------------------------------------------
+
+@pytest.mark.parametrize("t_start", [0.0, 0.3])
+@pytest.mark.parametrize("velocity", ["argmax", "expectation"])
+@pytest.mark.parametrize("w", [0, 0.5, 1, 1.5, 3])
+@torch.no_grad()
+def test_guidance_is_two_passes_and_a_conditional_answer(w, velocity, t_start):
+    """All positions of all rows at once, against Euler's method with the model run once per
+    class."""
+    model, n = exact_l2d(solver="euler", guidance=w, velocity=velocity, t_start=t_start), 5
+    path, points = model.path, table(model)
+    keep = torch.ones(3, 9, dtype=torch.bool)
+    keep[1, :4] = False
+    conditional, null = (read(model, keep=keep, class_ids=torch.tensor(g))
+                         for g in ([0, 1, 0], [2, 2, 2]))
+    noise = 4 * normal(16, conditional.seeds, conditional.positions, l2d.NOISE)
+    x, h = (1 - t_start) * noise, (1 - t_start) / n
+    for i in range(n):
+        t, v = torch.full_like(x[..., :1], t_start + i * h), []
+        for context in (conditional, null):
+            logits = path(x, t, context).float()
+            greedy = points[logits.argmax(-1)]
+            x_hat = greedy if velocity == "argmax" else logits.softmax(-1) @ points
+            v.append((x_hat - x) / (1 - t))
+        x = x + h * (w * v[0] + (1 - w) * v[1])
+    expected = path(x, torch.ones_like(t), conditional)
+    logits, used, _ = diffuse(model.current_path(), conditional, n + 1)
+    valid = torch.arange(9) < keep.sum(1, keepdim=True)
+    assert (used == n + 1).all()
+    assert torch.allclose(logits[valid], expected[valid], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
+@torch.no_grad()
+def test_T_1_with_a_late_start_is_one_evaluation_on_noise(guidance):
+    model, g = tiny_l2d(steps=1, t_start=0.4, guidance=guidance), torch.tensor([0, 1, 0])
+    context = read(model, class_ids=g)
+    x, t = 0.6 * l2d.initial_noise(model.config, context), torch.full((3, 1, 1), 0.4)
+    output = model(IDS, logits_to_keep=1, class_ids=g, seeds=SEEDS)
+    assert output.evaluations.tolist() == [[1]] * 3
+    assert torch.allclose(output.logits, model.path(x, t, context), atol=1e-4)
+    assert not torch.allclose(output.logits, model(IDS, logits_to_keep=1).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("solver, last", [("midpoint", 1.0), ("rk4", 0.75), ("bosh3", 0.75)])
+def test_a_late_start_goes_from_there_to_the_same_end(solver, last):
+    model, times = tiny_l2d(solver=solver, steps=5, t_start=0.5, t_end=last), []
+    _, used, _ = diffuse(model.current_path(), read(model, IDS[:1]),
+                         observe=lambda x, t, logits: times.append(float(t)))
+    assert times[0] == 0.5 and times[-1] == last and all(0.5 <= t <= last for t in times)
+    assert used.item() == len(times)
+
+
+@pytest.fixture
+def queries(monkeypatch):
+    """The number of queries in every pass of the path."""
+    found, hidden = [], DiffusionPath.hidden
+
+    def counted(self, x_t, *args):
+        found.append(x_t.shape[0] * x_t.shape[1])
+        return hidden(self, x_t, *args)
+    monkeypatch.setattr(DiffusionPath, "hidden", counted)
+    return found
+
+
+@pytest.mark.parametrize("solver, steps", [
+    ("euler", 1), ("euler", 2), ("euler", 15), ("midpoint", 3), ("midpoint", 15), ("rk4", 5),
+    ("rk4", 17)])
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_T_counts_every_evaluation(solver, steps, guidance, queries):
+    """One of them, at t = 0, is free, because the path has no weight there. 27 positions are too
+    many for drafts of 4 states."""
+    model = tiny_l2d(solver=solver, steps=steps, guidance=guidance, velocity="expectation")
+    output = model(IDS, class_ids=torch.tensor([0, 1, 0]))
+    runs = 2 if guidance != 1 else 1                     # of the path; the answer is unguided
+    assert len(queries) == runs * (steps - 2) + 1 if steps > 1 else not queries
+    assert output.evaluations.tolist() == [[steps] * 9] * 3
+    assert output.passes.tolist() == [[steps - 1] * 9] * 3
+
+
+def test_guidance_runs_the_path_twice_but_for_the_answer(queries):
+    tiny_l2d(guidance=1.5, velocity="expectation")(IDS, steps=5)
+    assert queries == [27, 27] * 3 + [27]                # three velocities (a fourth was free)
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+def test_adaptive_counts_include_the_answer(solver, queries):
+    model = tiny_l2d(solver=solver)
+    output = model(IDS[:1], logits_to_keep=1, seeds=SEEDS[:1])
+    assert output.evaluations.tolist() == [[len(queries) + 1]]
+    model.config.max_evaluations = 10
+    assert model(IDS, seeds=SEEDS).evaluations.max() <= 10
+
+
+@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
+def test_adaptive_answer_of_a_row_does_not_depend_on_the_batch(solver):
+    """With the expectation, as an argmax can be held between two tokens, where roundings decide."""
+    model = exact_l2d(solver=solver, velocity="expectation", guidance=1.5, atol=1e-3, rtol=1e-3)
+    g = torch.tensor([0, 1, 0])
+    together = model(IDS, logits_to_keep=2, seeds=SEEDS, class_ids=g)
+    assert len(together.evaluations.unique()) > 1
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = model(IDS[one], logits_to_keep=2, seeds=SEEDS[one], class_ids=g[one])
+        assert torch.allclose(alone.logits[0], together.logits[row], atol=1e-3)
+        assert torch.equal(alone.evaluations[0], together.evaluations[row])
+
+
+@pytest.mark.parametrize("g", [[0, 3, 1], [-1, 0, 0]])
+def test_class_out_of_range(g):
+    message = r"must lie in 0..2, the last for no class; the classes are \['math', 'code'\]"
+    with pytest.raises(ValueError, match=message):
+        tiny_l2d()(IDS, class_ids=torch.tensor(g))
+
+
+def test_class_where_there_are_none():
+    with pytest.raises(ValueError, match=r"the classes are \[\]"):
+        tiny_l2d(class_names=())(IDS, class_ids=torch.tensor([0, 0, 0]))
+
+
+# ---- Drafts, checked in few passes ---------------------------------------------------------------
+
+def loop_and_draft(model, context, steps=None):
+    """What `diffuse` returns with one evaluation after the other, and with drafts."""
+    path, calls = model.current_path(), []
+    loop = diffuse(path, context, steps, observe=lambda *found: calls.append(found))
+    return loop, diffuse(path, context, steps)
+
+
+def restless(model, factor=30):
+    """A path that changes its mind at nearly every state."""
+    with torch.no_grad():
+        model.path.output_weight[2].weight.mul_(factor)
+        model.path.x_embedder[2].weight.mul_(factor)
+    return model
+
+
+DRAFTS = [(solver, steps, velocity, guidance, t_start)
+          for solver, steps in [("euler", 2), ("euler", 15), ("midpoint", 3), ("midpoint", 15),
+                                ("midpoint", 127), ("rk4", 5), ("rk4", 17)]
+          for velocity, guidance, t_start in [("argmax", 1, 0), ("argmax", 1.5, 0.3),
+                                              ("sample", 1, 0.1), ("sample", 0, 0)]]
+
+
+@pytest.mark.parametrize("mind", ["calm", "restless"])
+@pytest.mark.parametrize("solver, steps, velocity, guidance, t_start", DRAFTS)
+def test_drafts_give_what_the_loop_gives(solver, steps, velocity, guidance, t_start, mind):
+    """In three rows of two positions, of different classes, one of them padded. The loop's cost is
+    the bound."""
+    model = exact_l2d(solver=solver, steps=steps, velocity=velocity, guidance=guidance,
+                      t_start=t_start)
+    model = restless(model) if mind == "restless" else model
+    padded = left_padded(IDS, [9, 5, 7])
+    keep = torch.zeros(3, 9, dtype=torch.bool)
+    keep[:, [5, 8]] = True
+    context = model.read(keep, **padded, class_ids=torch.tensor([0, 1, 2]), seeds=SEEDS)
+    (logits, used, most), drafted = loop_and_draft(model, context)
+    assert torch.allclose(drafted[0], logits, rtol=1e-3, atol=1e-3)
+    assert torch.equal(drafted[1], used) and (used == steps).all()
+    assert (drafted[2] >= 1).all() and (drafted[2] <= most).all()
+
+
+def test_a_restless_path_needs_many_passes_and_a_calm_one_few():
+    """Otherwise the test above would test little."""
+    passes = {}
+    for mind in (restless, lambda model: model):
+        model = mind(exact_l2d(steps=15, velocity="sample"))
+        passes[mind] = loop_and_draft(model, read(model))[1][2]
+    many, few = passes.values()
+    assert many.max() > 5 and few.float().mean() < many.float().mean()
+
+
+@pytest.mark.parametrize("kind, changes, config", [
+    ("qwen2", {}, {}), ("qwen3", {}, {}), ("mistral", dict(sliding_window=4), {}),
+    ("llama", {}, dict(path="full")), ("llama", {}, dict(path="scratch", class_names=()))])
+def test_drafts_give_what_the_loop_gives_on_every_base(kind, changes, config):
+    model = exact_l2d(kind, changes, steps=15, **config)
+    (logits, _, _), drafted = loop_and_draft(model, read(model))
+    assert torch.allclose(drafted[0], logits, rtol=1e-3, atol=1e-3)
+    assert (drafted[2] < 14).any()
+
+
+def test_drafts_in_bfloat16_differ_by_roundings():
+    """See test_parallel_equals_cached_in_bfloat16_but_for_rounding."""
+    model = tiny_l2d(base=tiny_base(dtype=torch.bfloat16), steps=15)
+    (logits, _, _), drafted = loop_and_draft(model, read(model))
+    other, _, _ = diffuse(model.current_path(), read(model, seeds=SEEDS + 1))
+    assert (drafted[0] - logits).float().norm() < (other - logits).float().norm() / 2
+
+
+def test_a_row_whose_draft_held_is_not_changed_by_the_others():
+    model = exact_l2d(steps=15, velocity="sample")
+    context = read(model, IDS[:1].expand(8, -1), seeds=torch.arange(8))
+    logits, _, passes = diffuse(model.current_path(), context)
+    assert len(passes.unique()) > 1
+    for row in range(8):
+        alone = read(model, IDS[:1], seeds=torch.tensor([row]))
+        answer, _, own = diffuse(model.current_path(), alone)
+        assert torch.allclose(answer[0], logits[row], rtol=1e-3, atol=1e-3)
+        assert own <= passes[row]                        # 8 rows take 16 states each, one takes 128
+
+
+def test_a_pass_has_at_most_so_many_rows_and_at_least_two_states_each(queries):
+    model = exact_l2d(guidance=1.5, velocity="sample")
+    for B, n in ((1, 1), (3, 1), (16, 1), (3, 9)):
+        queries.clear()
+        ids = IDS[:1].expand(B, -1) if B == 16 else IDS[:B]
+        output = model(ids, steps=127, logits_to_keep=n)
+        assert max(queries) <= l2d.ROWS
+        many = B * n <= l2d.ROWS // 2
+        assert (len(queries) == 2 * 126 - 1) == (not many)           # the loop; unguided at the end
+        assert 2 * output.passes.max() == len(queries) + (not many)
+
+
+@pytest.mark.parametrize("solver, steps", [("euler", 5), ("midpoint", 7), ("rk4", 9)])
+def test_a_state_is_a_weighted_sum_of_the_noise_and_the_estimates_before_it(solver, steps):
+    weights, times = l2d.unroll(solver, 0.1, 0.9, steps)
+    assert weights.shape == (steps, steps) and times.shape == (steps,)
+    assert torch.equal(weights, weights.tril(-1)) and (weights[1:].sum(1) > 0).all()
+    x_0, x_hats, seen = torch.randn(4), torch.randn(steps, 4), []
+    def dxdt(x, t):
+        seen.append((x, t))
+        return (x_hats[len(seen) - 1] - x) / (1 - t)
+    n = (steps - 1) // len(TABLEAUS[solver].c)
+    end = solve_fixed(dxdt, x_0, 0.1, 0.9, n, TABLEAUS[solver])
+    expected = torch.stack([x for x, _ in seen] + [end])
+    assert torch.allclose(x_0 + weights @ (x_hats - x_0), expected, atol=1e-5)
+    assert times.tolist() == pytest.approx([t.item() for _, t in seen] + [0.9], abs=1e-7)
+
+
+# ---- Trace ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("solver, steps", [("euler", 1), ("euler", 4), ("midpoint", 7)])
+def test_trace(solver, steps, capsys):
+    model, words = tiny_l2d(solver=solver, steps=steps), SimpleNamespace(decode=lambda ids: int(ids[0]))
+    sample_script.trace(model, words, IDS[:1], seeds=SEEDS[:1])
+    rows = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()[1:]]
+    numbers, times, tokens, probabilities, moved = map(list, zip(*rows))
+    assert numbers == list(range(1, steps + 1)) and times == sorted(set(times))
+    assert times[0] == 0 and times[-1] == (1 if steps > 1 else 0)
+    with torch.no_grad():
+        first = model.base(IDS[:1]).logits[0, -1]
+        last = model(IDS[:1], steps=steps, seeds=SEEDS[:1]).logits[0, -1]
+    for n, logits in ((0, first), (-1, last)):
+        assert tokens[n] == logits.argmax()
+        assert probabilities[n] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-3)
+    assert moved[0] == 0 and all(x > 0 for x in moved[1:])
+
+
+# ==== Part II of l2d.py: a causal LM ==============================================================
+
+# ---- Settings ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("setting, message", [
+    (dict(path="lorra"), "path='lorra' is unknown; use one of lora, full, scratch"),
+    (dict(timesteps="log"), "timesteps='log' is unknown; use one of uniform, cosmap"),
+    (dict(velocity="mean"), "velocity='mean' is unknown; use one of argmax, sample, expectation"),
+    (dict(solver="heun"),
+     "solver='heun' is unknown; use one of euler, midpoint, rk4, fehlberg2, bosh3"),
+    (dict(sigma=0), "sigma=0 must be a positive"),
+    (dict(lora_rank=0), "lora_rank=0 must be a whole number, 1 or more"),
+    (dict(cond_dim=33), "cond_dim=33 must be even"),
+    (dict(class_dropout=1.5), r"class_dropout=1.5 must lie in \[0, 1\]"),
+    (dict(guidance=-0.5), "guidance=-0.5 must be a number, 0 or more"),
+    (dict(guidance=1.5, class_names=()), "guidance=1.5 needs classes"),
+    (dict(t_end=0), r"t_end=0 must lie in \(0, 1\] for midpoint"),
+    (dict(t_end=1.5), r"t_end=1.5 must lie in \(0, 1\] for midpoint"),
+    (dict(t_start=1.0), r"t_start=1.0 must lie in \[0, 1\)"),
+    (dict(t_start=-0.1), r"t_start=-0.1 must lie in \[0, 1\)"),
+    (dict(t_start=0.5, t_end=0.4), r"t_start=0.5 must lie in \[0, 0.4\)"),
+    (dict(t_end=1.0, solver="rk4", steps=5),
+     r"t_end=1.0 must lie in \(0, 1\) for rk4"),
+    (dict(steps=4), "steps=4 is not possible with midpoint, which needs steps = 2n . 1; "
+     "the nearest are 3 and 5"),
+])
+def test_impossible_setting_is_named_with_the_possible_ones(setting, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_l2d(**setting)
+
+
+def test_settings_that_change_later_are_checked_when_they_are_used():
+    model = tiny_l2d(class_names=())
+    right = model(IDS, seeds=SEEDS).logits
+    for name, value in (("steps", 8), ("solver", "heun"), ("sigma", -1.0), ("guidance", 1.5),
+                        ("t_end", 2.0), ("cond_dim", 33), ("max_evaluations", 1)):
+        before, cache = getattr(model.config, name), DynamicCache()
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=f"{name}={value}|{name}='{value}'"):
+            model(IDS, seeds=SEEDS, past_key_values=cache)
+        setattr(model.config, name, before)
+        assert cache.get_seq_length() == 0               # before the base has run
+    assert torch.equal(model(IDS, seeds=SEEDS).logits, right)
+    with pytest.raises(ValueError, match="steps=8 is not possible with midpoint"):
+        diffuse(model.path, read(model), 8)
+
+
+def test_an_unknown_setting_is_refused():
+    with pytest.raises(ValueError, match="unknown settings: sampling, stepz"):
+        L2DConfig(stepz=7, sampling=True)
+
+
+@pytest.mark.parametrize("solver, sigma, expected", [
+    ("euler", 64, 1), ("midpoint", 64, 1), ("rk4", 64, 63/64), ("rk4", 3, 0.95),
+    ("fehlberg2", 64, 63/64), ("bosh3", 3, 0.95)])
+def test_default_end_time(solver, sigma, expected):
+    settings = dict(solver=solver, sigma=sigma, steps=5)
+    assert end_time(L2DConfig(**settings)) == pytest.approx(expected)
+    assert end_time(L2DConfig(**settings, t_end=0.5)) == 0.5
+
+
+@pytest.mark.parametrize("solver, steps", [
+    ("euler", 15), ("midpoint", 15), ("midpoint", 127), ("rk4", 17), ("rk4", 1)])
+def test_steps_count_the_first_and_the_final_evaluation(solver, steps):
+    model, seen = tiny_l2d(solver=solver, steps=steps), []
+    context = model.read(torch.ones(1, 3, dtype=torch.bool), IDS[:1, :3])
+    observe = lambda x, t, logits: seen.append(t.item())
+    _, used, _ = diffuse(model.path, context, observe=observe)
+    assert len(seen) == steps and used.eq(steps).all()
+    last = end_time(model.config) if steps > 1 else 0
+    assert seen[0] == 0 and seen[-1] == pytest.approx(last)
+
+
+@pytest.mark.parametrize("solver, steps, nearest", [
+    ("midpoint", 16, "15 and 17"), ("rk4", 16, "13 and 17"), ("rk4", 3, "1 and 5")])
+def test_impossible_steps_name_their_neighbours(solver, steps, nearest):
+    with pytest.raises(ValueError, match=f"steps={steps}.*{solver}.*nearest are {nearest}"):
+        check_steps(solver, steps)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, 3.0, True, "3"])
+def test_steps_must_be_a_whole_number(steps):
+    with pytest.raises(ValueError, match=f"steps={steps} must be a whole number"):
+        check_steps("euler", steps)
+    with pytest.raises(ValueError, match=f"steps={steps} must be a whole number"):
+        tiny_l2d()(IDS, steps=steps)
 
 
 # ---- What is computed once -----------------------------------------------------------------------
@@ -933,648 +1579,6 @@ def test_without_seeds_the_noise_is_torchs_generators():
     model = tiny_l2d()
     logits = [(torch.manual_seed(seed), model(IDS).logits)[1] for seed in (0, 0, 1)]
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
-
-
-# ---- Loss and gradient ---------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind, config", [
-    ("llama", dict(class_dropout=0.5)), ("llama", dict(timesteps="cosmap", class_names=())),
-    ("qwen2", dict(path="full"))])
-def test_loss_and_its_gradient_are_those_of_the_naive_loss(kind, config):
-    """In a left-padded batch with unlabelled positions. The gradient shows, too, that x_1 is not
-    detached."""
-    model, lengths = tiny_l2d(kind, **config), [9, 6, 4]
-    g = [0, 1, 2] if model.config.class_names else None
-    batch = left_padded(IDS, lengths)
-    first = batch["position_ids"] == 0                   # padding, and first tokens
-    labels = batch["input_ids"].masked_fill(first, -100)
-    labels[0, 3:5], labels[1, -1] = -100, -100
-    naive = []
-    for row, n in enumerate(lengths):
-        seed, g_row = SEEDS[row].item(), g and g[row]
-        naive += naive_losses(model, IDS[row, :n], labels[row, -n:], seed, g_row)
-    assert len(naive) == 6 + 4 + 3
-    (sum(naive) / len(naive)).backward()
-    expected = {name: p.grad for name, p in weights(model).items()}
-    model.zero_grad(set_to_none=True)
-
-    batch |= dict(labels=labels, seeds=SEEDS, class_ids=g and torch.tensor(g))
-    losses = token_losses(model, **batch)
-    assert torch.allclose(losses, torch.stack(naive), rtol=1e-4, atol=1e-4)
-    loss = model(**batch).loss
-    assert loss.item() == pytest.approx(sum(naive).item() / 13, rel=1e-5)
-    loss.backward()
-    for name, p in weights(model).items():
-        atol = 1e-3 * expected[name].abs().max() + 1e-7
-        assert torch.allclose(p.grad, expected[name], rtol=1e-3, atol=atol), name
-
-
-def test_times_are_uniform_or_cosmapped(monkeypatch):
-    ids, seeds, found = torch.zeros(500, 5, dtype=torch.int64), torch.arange(500), []
-    model = tiny_l2d(perturb=False)
-    monkeypatch.setattr(l2d, "rescale", lambda x_t, t, sigma: found.append(t) or x_t)
-    token_losses(model, ids, ids, seeds=seeds)
-    model.config.timesteps = "cosmap"
-    token_losses(model, ids, ids, seeds=seeds)
-    t, mapped = found
-    assert t.shape == (500, 4, 1) and t.mean().item() == pytest.approx(1/2, abs=0.03)
-    assert torch.allclose(mapped, 1 - 1 / (torch.tan(math.pi * t / 2) + 1), atol=1e-6)
-
-
-@pytest.mark.parametrize("wrong, message", [
-    (dict(attention_mask=torch.ones(3, 12)), r"\[3, 12\]; it must be \[3, 9\]"),
-    (dict(attention_mask=torch.ones(3, 6)), r"\[3, 6\]; it must be \[3, 9\]"),
-    (dict(steps=3), "labels take no past_key_values, steps or logits_to_keep"),
-    (dict(logits_to_keep=1), "labels take no past_key_values, steps or logits_to_keep"),
-    (dict(seeds=torch.tensor([5])), r"seeds must be 3 whole numbers, one for each row: not \[5\]"),
-    (dict(seeds=torch.tensor([0.1, 0.7, 1])), "seeds must be 3 whole numbers"),
-    (dict(class_ids=torch.tensor([1])), r"class_ids must be 3 whole numbers")])
-def test_a_loss_takes_no_argument_that_it_would_not_use_as_given(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_l2d()(IDS, labels=IDS, **wrong)
-
-
-def test_a_base_in_training_mode_answers_as_in_evaluation():
-    model = tiny_l2d(base=tiny_base(attention_dropout=0.5))
-    right = model(IDS, seeds=SEEDS).logits
-    model.base.train()
-    assert torch.equal(model(IDS, seeds=SEEDS).logits, right)
-
-
-@pytest.mark.parametrize("names", ["math", ["a", "a"]])
-def test_class_names_are_a_list_of_different_names(names):
-    with pytest.raises(ValueError, match="must be a list of different names"):
-        L2DConfig(class_names=names)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 1024])
-def test_cross_entropy_in_chunks_equals_the_whole_in_value_and_gradient(chunk):
-    model, targets, share = tiny_l2d(), torch.arange(7), torch.rand(7)
-    hidden = torch.randn(7, 64, requires_grad=True)
-    logits = model.base.lm_head(model.base.model.norm(hidden))
-    whole = torch.logsumexp(logits, -1) - logits[torch.arange(7), targets]
-    chunked = l2d.cross_entropy(read(model), hidden, targets, chunk)
-    gradients = [torch.autograd.grad((losses * share).sum(), hidden)[0]
-                 for losses in (whole, chunked)]
-    assert torch.allclose(chunked, whole, atol=1e-5) and torch.allclose(*gradients, atol=1e-5)
-
-
-def test_micro_batches_add_up_to_the_batch():
-    model, labels = tiny_l2d(), IDS.clone()
-    labels[0, 4:] = -100                                 # 3 labels in this row, 8 in the others
-    whole = model(IDS, labels=labels, seeds=SEEDS).loss
-    parts = [model(IDS[i:i+1], labels=labels[i:i+1], seeds=SEEDS[i:i+1], num_items_in_batch=19).loss
-             for i in range(3)]
-    assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
-    assert parts[0].item() < parts[1].item()
-    assert model(IDS, labels=labels, seeds=SEEDS + 1).loss != whole
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    plain, saving = tiny_l2d().train(), tiny_l2d().train()
-    enable = getattr(saving, "activation_checkpointing_enable", None)     # its newer name
-    enable = enable or saving.gradient_checkpointing_enable
-    enable()
-    assert saving.path.gradient_checkpointing
-    assert train(plain, 3) == pytest.approx(train(saving, 3), rel=1e-5)
-
-
-@pytest.mark.parametrize("path", ["lora", "full"])
-def test_gradient_reaches_the_whole_path_and_nothing_of_the_base(path):
-    """All but the last bias of the output weight, which cancels in h(c(t)) - h(c(0)): its gradient
-    is always zero."""
-    model = tiny_l2d("qwen2", path=path)
-    model(IDS, labels=IDS, seeds=SEEDS, class_ids=torch.tensor([0, 1, 2])).loss.backward()
-    for name, p in weights(model).items():
-        assert p.grad is not None and p.grad.isfinite().all()
-        assert (p.grad == 0).all() == (name == "output_weight.2.bias"), name
-    assert all(p.grad is None and not p.requires_grad for p in model.base.parameters())
-    assert not model.train().base.training               # training mode is the path's alone
-
-
-def test_learning_unlocks_in_stages():
-    """H_2; then the embedders, the translation and M_2 (and H_1); then LoRA's B and M_1; then
-    LoRA's A."""
-    model = tiny_l2d(perturb=False, class_dropout=0.2)
-    optimizer, seen, stages = torch.optim.AdamW(model.path.parameters(), lr=1e-2), set(), []
-    for _ in range(5):
-        optimizer.zero_grad()
-        model(IDS, labels=IDS, seeds=SEEDS, class_ids=torch.tensor([0, 1, 2])).loss.backward()
-        nonzero = {name for name, p in weights(model).items() if (p.grad != 0).any()}
-        stages.append(nonzero - seen)
-        seen |= nonzero
-        optimizer.step()
-    names = lambda *parts: {name for name in weights(model) if any(part in name for part in parts)}
-    assert stages[0] == names("output_weight.2.weight")
-    assert stages[1] == names("output_weight.0", "vocabulary", "_embedder", "adaLN_modulation.2")
-    assert stages[2] == names("lora_B", "adaLN_modulation.0")
-    assert stages[3] == names("lora_A")
-    assert stages[4] == set() and weights(model).keys() - seen == {"output_weight.2.bias"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_few_steps_lower_the_loss(dtype):
-    model = tiny_l2d(base=tiny_base(dtype=dtype), perturb=False)
-    losses = train(model, 20)
-    assert losses[-1] < 0.8 * losses[0]
-
-
-# ---- Solvers -------------------------------------------------------------------------------------
-
-def swing(x, t):
-    """dx/dt = 2 cos(2 t) x, whose solution from x_0 is x_0 exp(sin(2 t))."""
-    return 2 * torch.cos(2 * torch.as_tensor(t, dtype=x.dtype)) * x
-
-
-def jolt(x, t):
-    """Little happens before t = 0.6 and much from there on: a solver that has lengthened its steps
-    must refuse some."""
-    return 30 * torch.sigmoid((torch.as_tensor(t, dtype=x.dtype) - 0.6) / 0.01) - x
-
-
-X_0 = torch.tensor([[0.5, -1.0], [2.0, 3.0], [0.01, 40.0]], dtype=torch.float64)
-
-
-def fixed(velocity, x, t_end, n, solver):
-    return solve_fixed(velocity, x, 0.0, t_end, n, TABLEAUS[solver])
-
-
-def adaptive(velocity, x, t_end, solver, atol, rtol, most=1000):
-    return solve_adaptive(velocity, x, 0.0, t_end, TABLEAUS[solver], atol, rtol, most)
-
-
-@pytest.mark.parametrize("solver, order", [
-    ("euler", 1), ("midpoint", 2), ("rk4", 4), ("fehlberg2", 2), ("bosh3", 3)])
-def test_order_of_convergence(solver, order):
-    exact = X_0 * math.exp(math.sin(1.6))
-    errors = [(fixed(swing, X_0, 0.8, n, solver) - exact).norm() for n in (16, 32)]
-    assert torch.log2(errors[0] / errors[1]).item() == pytest.approx(order, abs=0.25)
-
-
-def test_rk4_is_the_classic_one():
-    x, h = X_0, 0.3
-    k_1 = swing(x, 0)
-    k_2 = swing(x + h/2 * k_1, h/2)
-    k_3 = swing(x + h/2 * k_2, h/2)
-    k_4 = swing(x + h * k_3, h)
-    expected = x + h/6 * (k_1 + 2*k_2 + 2*k_3 + k_4)
-    assert torch.allclose(fixed(swing, x, h, 1, "rk4"), expected)
-
-
-@pytest.mark.parametrize("t_end", [1.0, 0.95])
-@pytest.mark.parametrize("n", [1, 3, 7, 10])
-@pytest.mark.parametrize("solver", ["euler", "midpoint", "rk4"])
-def test_velocities_are_taken_at_the_stages_times(solver, n, t_end):
-    """At t_i + c·h, t_i = i·h. `first` is the one at 0, so that is not computed again."""
-    times = []
-    fixed(lambda x, t: times.append(t) or x, X_0, t_end, n, solver)
-    c = TABLEAUS[solver].c
-    expected = [(i + c_j) * t_end / n for i in range(n) for c_j in c]
-    assert times == pytest.approx(expected, abs=1e-12) and times[0] == 0
-
-
-@pytest.mark.parametrize("solver, lower", [
-    ("fehlberg2", (1/256, 255/256, 0)), ("bosh3", (7/24, 1/4, 1/3, 1/8))])
-def test_error_is_the_difference_from_a_method_of_one_order_less(solver, lower):
-    """A method of order p integrates 1, t .. t^(p - 1) exactly, and not t^p: the sum of b c^q is
-    1/(q + 1)."""
-    tableau = TABLEAUS[solver]
-    assert tableau.error == pytest.approx([b - low for b, low in zip(tableau.b, lower)], abs=1e-15)
-    for p, share in ((tableau.order, tableau.b), (tableau.order - 1, lower)):
-        sums = [sum(b * c ** q for b, c in zip(share, tableau.c)) for q in range(p + 1)]
-        exact = [abs(total - 1 / (q + 1)) < 1e-12 for q, total in enumerate(sums)]
-        assert exact == [True] * p + [False]
-
-
-def naive_adaptive(velocity, x, t_end, tableau, atol, rtol):
-    """One row, number by number: x at t_end, the evaluations used, and how many steps were
-    refused."""
-    s, t, h, used, refused = len(tableau.c), 0.0, min(0.05, t_end), 1, 0
-    k_1 = velocity(x, 0.0)
-    total = lambda share, ks, j: sum(share[m] * k[j] for m, k in enumerate(ks))
-    while t < t_end:
-        h, ks = min(h, t_end - t), [k_1]
-        for i in range(1, s):
-            stage = [x_j + h * total(tableau.a[i], ks, j) for j, x_j in enumerate(x)]
-            ks.append(velocity(stage, t + tableau.c[i] * h))
-        used += s - 1
-        new = [x_j + h * total(tableau.b, ks, j) for j, x_j in enumerate(x)]
-        error = [h * total(tableau.error, ks, j) for j in range(len(x))]
-        terms = [(e / (atol + rtol * max(abs(a), abs(b)))) ** 2 for e, a, b in zip(error, x, new)]
-        ratio = math.sqrt(sum(terms) / len(terms))
-        accepted = ratio <= 1
-        refused += not accepted
-        if accepted:
-            x, t = new, t_end if h >= t_end - t else t + h
-            if s == 4:                                   # bosh3: taken at the new state
-                k_1 = ks[-1]
-            elif t < t_end:
-                k_1, used = velocity(x, t), used + 1
-        h *= min(10, max(0.9 * ratio ** (-1 / tableau.order), 1 if accepted else 0.2))
-    return x, used, refused
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-@pytest.mark.parametrize("velocity", [swing, jolt])
-def test_adaptive_solver_is_the_naive_one(solver, velocity):
-    x, t, used = adaptive(velocity, X_0, 0.95, solver, 3e-4, 3e-4)
-    assert (t == 0.95).all()
-    for row in range(3):
-        naive = lambda x, t: velocity(torch.tensor(x, dtype=torch.float64), t).tolist()
-        expected, count, refused = naive_adaptive(
-            naive, X_0[row].tolist(), 0.95, TABLEAUS[solver], 3e-4, 3e-4)
-        assert x[row].tolist() == pytest.approx(expected, rel=1e-6) and used[row] == count
-        assert refused > 0 or velocity is swing
-
-
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-4, 1e-5])
-def test_adaptive_solver_reaches_the_exact_solution(tolerance):
-    """Bogacki-Shampine to its tolerance. Fehlberg 2(1) weighs its error by 1/512: expect some 100
-    times more."""
-    exact = X_0 * math.exp(math.sin(1.9))
-    for solver, factor in (("bosh3", 2), ("fehlberg2", 200)):
-        x, _, _ = adaptive(swing, X_0, 0.95, solver, tolerance, tolerance)
-        assert torch.allclose(x, exact, rtol=factor * tolerance, atol=factor * tolerance)
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-def test_adaptive_rows_are_independent(solver):
-    """Each has steps of its own. (float64: 1e-12 is 4000 roundings.)"""
-    rates = torch.tensor([[1.0], [10.0], [100.0]], dtype=torch.float64)
-    def velocity(rows):
-        return lambda x, t: -rates[rows] * (x - torch.cos(torch.as_tensor(t, dtype=x.dtype)))
-    solve = lambda rows: adaptive(velocity(rows), X_0[rows], 0.95, solver, 1e-4, 1e-4)
-    together = solve([0, 1, 2])
-    assert len(together[2].unique()) == 3
-    for row in range(3):
-        alone = solve([row])
-        assert torch.allclose(alone[0][0], together[0][row], rtol=1e-12)
-        assert alone[2][0] == together[2][row]
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-@pytest.mark.parametrize("rate", [1, 100])
-def test_adaptive_counts_are_true(solver, rate):
-    calls = []
-    velocity = lambda x, t: calls.append(float(t)) or -rate * x * (1 + torch.as_tensor(t))
-    _, t, used = adaptive(velocity, X_0[:1], 0.95, solver, 1e-4, 1e-4)
-    assert used.tolist() == [len(calls)] and t.item() == 0.95
-    assert max(calls) <= 0.95                            # the last step is clipped at the end
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-@pytest.mark.parametrize("cap", [5, 20, 21, 22])
-def test_adaptive_cap(solver, cap):
-    """A row that would need more evaluations stops at its cap, and says where; its neighbour is not
-    disturbed."""
-    rates = torch.tensor([[0.0], [1e4]], dtype=torch.float64)
-    velocity = lambda x, t: rates * torch.cos(1e3 * torch.as_tensor(t)) * x
-    _, t, used = adaptive(velocity, X_0[:2], 0.95, solver, 1e-8, 1e-8, cap)
-    assert (used <= cap).all() and t[1] < 0.95 and (cap < 20 or t[0] == 0.95)
-    assert cap - used[1] < len(TABLEAUS[solver].c)       # it does not give up early
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-def test_adaptive_ends_on_a_discontinuous_velocity(solver):
-    """An argmax that flips from step to step: x is drawn to -1 where it is positive and to +1 where
-    it is not."""
-    velocity = lambda x, t: (-torch.sign(x) - x) / (1 - torch.as_tensor(t))
-    x, t, used = adaptive(velocity, torch.randn(20, 4), 0.95, solver, 3e-4, 3e-4, 500)
-    assert (used <= 500).all() and x.isfinite().all()
-    assert ((t == 0.95) | (used > 490)[:, None]).all()
-
-
-# ---- Velocity ------------------------------------------------------------------------------------
-
-def test_velocity_points_at_the_believed_token():
-    model = tiny_l2d()
-    path, context = model.current_path(), read(model)
-    x, t = 4 * torch.randn(3, 1, 16), torch.tensor([0.0, 0.3, 0.9])[:, None, None]
-    logits = path(x, t, context)
-    expected = torch.stack([(naive_token(model, y) - x[i, 0]) / (1 - t[i, 0])
-                            for i, y in enumerate(logits[:, 0].argmax(-1))])
-    found = l2d.velocity(estimate(path, logits, t, context), x, t)
-    assert torch.allclose(found[:, 0], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_free_evaluation_at_t_0_is_the_paths():
-    model = tiny_l2d()
-    path, context, seen = model.current_path(), read(model), []
-    diffuse(path, context, observe=lambda *found: seen.append(found))
-    x, t, free = seen[0]
-    assert t == 0 and torch.equal(x, l2d.initial_noise(model.config, context))
-    paid = path(x, torch.zeros(3, 1, 1), context)
-    estimates = [estimate(path, logits, t, context) for logits in (free, paid)]
-    assert torch.allclose(*estimates, atol=1e-5)
-
-
-def test_expectation_is_the_mean_of_all_tokens():
-    model = tiny_l2d(velocity="expectation")
-    logits, context = 3 * torch.randn(3, 1, 97), read(model)
-    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
-    expected = torch.stack([sum(p[i, 0, y] * naive_token(model, y) for y in range(97))
-                            for i in range(3)])
-    found = estimate(model.current_path(), logits, torch.full((3, 1, 1), 0.5), context)
-    assert torch.allclose(found[:, 0], expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("t", [0.0, 0.5, 0.9])
-def test_samples_follow_the_probabilities_at_temperature_1_minus_t(t):
-    """At t = 0, temperature 1, their mean is the expectation."""
-    M = 4000
-    model = tiny_l2d(velocity="sample")
-    context = read(model, IDS[:1, :3].expand(M, -1), seeds=torch.arange(M))
-    logits = 2 * torch.randn(97)
-    p = (logits / (1 - t)).softmax(-1)
-    times = torch.full((M, 1, 1), t)
-    x_hat = estimate(model.current_path(), logits.expand(M, 1, 97), times, context)[:, 0]
-    share = torch.cdist(x_hat, table(model)).argmin(-1).bincount(minlength=97) / M
-    assert ((share - p).abs() <= 5 * torch.sqrt(p * (1 - p) / M) + 1 / M).all()
-    spread = 5 / math.sqrt(M) * table(model).abs().max()
-    assert torch.allclose(x_hat.mean(0), p @ table(model), atol=spread)
-
-
-def test_samples_are_repeated_at_the_same_time_and_drawn_anew_at_another():
-    model = tiny_l2d(velocity="sample")
-    context = read(model, IDS[:1, :3].expand(200, -1), seeds=torch.arange(200))
-    draw = lambda t: estimate(model.current_path(), torch.zeros(200, 1, 97),
-                              torch.full((200, 1, 1), t), context)
-    assert torch.equal(draw(0.4), draw(0.4))
-    assert (draw(0.4) == draw(0.5)).all(-1).sum() < 12   # expected: 2 of 200
-
-
-def test_the_temperature_falls_with_t_and_sampling_ends_as_argmax():
-    model, logits = tiny_l2d(velocity="sample"), torch.randn(1, 1, 97).expand(3, 200, 97)
-    seeds, keep = torch.arange(3), torch.ones(3, 200, dtype=torch.bool)
-    context = read(model, torch.zeros(3, 200, dtype=torch.int64), keep, seeds)
-    greedy = table(model)[logits.argmax(-1)]
-    shares = []
-    for t in (0.0, 0.5, 0.8, 0.95, 1.0):
-        drawn = estimate(model.current_path(), logits, torch.full((3, 200, 1), t), context)
-        shares.append((drawn == greedy).all(-1).float().mean().item())
-    assert shares == sorted(shares) and shares[0] < 0.2 and shares[-1] == 1
-    model.config.velocity = "argmax"
-    times = torch.zeros(3, 200, 1)
-    assert torch.equal(estimate(model.current_path(), logits, times, context), greedy)
-
-
-@pytest.mark.parametrize("velocity", ["argmax", "sample"])
-def test_euler_ends_on_a_token(velocity):
-    """Its last step covers all that is left: to the token it believes in, or to the one drawn."""
-    model, seen = tiny_l2d(solver="euler", velocity=velocity), []
-    diffuse(model.current_path(), read(model), 6, lambda x, t, logits: seen.append((x, logits)))
-    end, believed = seen[-1][0], table(model)[seen[-2][1][:, 0].argmax(-1)][:, None]
-    assert ((end - table(model)).abs().amax(-1) < 1e-4).any(-1).all()
-    assert velocity == "sample" or torch.allclose(end, believed, atol=1e-4)
-
-
-# ---- Guidance, and Algorithm 1 -------------------------------------------------------------------
-
-@pytest.mark.parametrize("t_start", [0.0, 0.3])
-@pytest.mark.parametrize("velocity", ["argmax", "expectation"])
-@pytest.mark.parametrize("w", [0, 0.5, 1, 1.5, 3])
-@torch.no_grad()
-def test_guidance_is_two_passes_and_a_conditional_answer(w, velocity, t_start):
-    """All positions of all rows at once, against Euler's method with the model run once per
-    class."""
-    model, n = exact_l2d(solver="euler", guidance=w, velocity=velocity, t_start=t_start), 5
-    path, points = model.path, table(model)
-    keep = torch.ones(3, 9, dtype=torch.bool)
-    keep[1, :4] = False
-    conditional, null = (read(model, keep=keep, class_ids=torch.tensor(g))
-                         for g in ([0, 1, 0], [2, 2, 2]))
-    noise = 4 * normal(16, conditional.seeds, conditional.positions, l2d.NOISE)
-    x, h = (1 - t_start) * noise, (1 - t_start) / n
-    for i in range(n):
-        t, v = torch.full_like(x[..., :1], t_start + i * h), []
-        for context in (conditional, null):
-            logits = path(x, t, context).float()
-            greedy = points[logits.argmax(-1)]
-            x_hat = greedy if velocity == "argmax" else logits.softmax(-1) @ points
-            v.append((x_hat - x) / (1 - t))
-        x = x + h * (w * v[0] + (1 - w) * v[1])
-    expected = path(x, torch.ones_like(t), conditional)
-    logits, used, _ = diffuse(model.current_path(), conditional, n + 1)
-    valid = torch.arange(9) < keep.sum(1, keepdim=True)
-    assert (used == n + 1).all()
-    assert torch.allclose(logits[valid], expected[valid], rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
-@torch.no_grad()
-def test_T_1_with_a_late_start_is_one_evaluation_on_noise(guidance):
-    model, g = tiny_l2d(steps=1, t_start=0.4, guidance=guidance), torch.tensor([0, 1, 0])
-    context = read(model, class_ids=g)
-    x, t = 0.6 * l2d.initial_noise(model.config, context), torch.full((3, 1, 1), 0.4)
-    output = model(IDS, logits_to_keep=1, class_ids=g, seeds=SEEDS)
-    assert output.evaluations.tolist() == [[1]] * 3
-    assert torch.allclose(output.logits, model.path(x, t, context), atol=1e-4)
-    assert not torch.allclose(output.logits, model(IDS, logits_to_keep=1).logits, atol=0.1)
-
-
-@pytest.mark.parametrize("solver, last", [("midpoint", 1.0), ("rk4", 0.75), ("bosh3", 0.75)])
-def test_a_late_start_goes_from_there_to_the_same_end(solver, last):
-    model, times = tiny_l2d(solver=solver, steps=5, t_start=0.5, t_end=last), []
-    _, used, _ = diffuse(model.current_path(), read(model, IDS[:1]),
-                         observe=lambda x, t, logits: times.append(float(t)))
-    assert times[0] == 0.5 and times[-1] == last and all(0.5 <= t <= last for t in times)
-    assert used.item() == len(times)
-
-
-@pytest.fixture
-def queries(monkeypatch):
-    """The number of queries in every pass of the path."""
-    found, hidden = [], DiffusionPath.hidden
-
-    def counted(self, x_t, *args):
-        found.append(x_t.shape[0] * x_t.shape[1])
-        return hidden(self, x_t, *args)
-    monkeypatch.setattr(DiffusionPath, "hidden", counted)
-    return found
-
-
-@pytest.mark.parametrize("solver, steps", [
-    ("euler", 1), ("euler", 2), ("euler", 15), ("midpoint", 3), ("midpoint", 15), ("rk4", 5),
-    ("rk4", 17)])
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-def test_T_counts_every_evaluation(solver, steps, guidance, queries):
-    """One of them, at t = 0, is free, because the path has no weight there. 27 positions are too
-    many for drafts of 4 states."""
-    model = tiny_l2d(solver=solver, steps=steps, guidance=guidance, velocity="expectation")
-    output = model(IDS, class_ids=torch.tensor([0, 1, 0]))
-    runs = 2 if guidance != 1 else 1                     # of the path; the answer is unguided
-    assert len(queries) == runs * (steps - 2) + 1 if steps > 1 else not queries
-    assert output.evaluations.tolist() == [[steps] * 9] * 3
-    assert output.passes.tolist() == [[steps - 1] * 9] * 3
-
-
-def test_guidance_runs_the_path_twice_but_for_the_answer(queries):
-    tiny_l2d(guidance=1.5, velocity="expectation")(IDS, steps=5)
-    assert queries == [27, 27] * 3 + [27]                # three velocities (a fourth was free)
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-def test_adaptive_counts_include_the_answer(solver, queries):
-    model = tiny_l2d(solver=solver)
-    output = model(IDS[:1], logits_to_keep=1, seeds=SEEDS[:1])
-    assert output.evaluations.tolist() == [[len(queries) + 1]]
-    model.config.max_evaluations = 10
-    assert model(IDS, seeds=SEEDS).evaluations.max() <= 10
-
-
-@pytest.mark.parametrize("solver", ["fehlberg2", "bosh3"])
-def test_adaptive_answer_of_a_row_does_not_depend_on_the_batch(solver):
-    """With the expectation, as an argmax can be held between two tokens, where roundings decide."""
-    model = exact_l2d(solver=solver, velocity="expectation", guidance=1.5, atol=1e-3, rtol=1e-3)
-    g = torch.tensor([0, 1, 0])
-    together = model(IDS, logits_to_keep=2, seeds=SEEDS, class_ids=g)
-    assert len(together.evaluations.unique()) > 1
-    for row in range(3):
-        one = slice(row, row + 1)
-        alone = model(IDS[one], logits_to_keep=2, seeds=SEEDS[one], class_ids=g[one])
-        assert torch.allclose(alone.logits[0], together.logits[row], atol=1e-3)
-        assert torch.equal(alone.evaluations[0], together.evaluations[row])
-
-
-@pytest.mark.parametrize("g", [[0, 3, 1], [-1, 0, 0]])
-def test_class_out_of_range(g):
-    message = r"must lie in 0..2, the last for no class; the classes are \['math', 'code'\]"
-    with pytest.raises(ValueError, match=message):
-        tiny_l2d()(IDS, class_ids=torch.tensor(g))
-
-
-def test_class_where_there_are_none():
-    with pytest.raises(ValueError, match=r"the classes are \[\]"):
-        tiny_l2d(class_names=())(IDS, class_ids=torch.tensor([0, 0, 0]))
-
-
-# ---- Drafts, checked in few passes ---------------------------------------------------------------
-
-def loop_and_draft(model, context, steps=None):
-    """What `diffuse` returns with one evaluation after the other, and with drafts."""
-    path, calls = model.current_path(), []
-    loop = diffuse(path, context, steps, observe=lambda *found: calls.append(found))
-    return loop, diffuse(path, context, steps)
-
-
-def restless(model, factor=30):
-    """A path that changes its mind at nearly every state."""
-    with torch.no_grad():
-        model.path.output_weight[2].weight.mul_(factor)
-        model.path.x_embedder[2].weight.mul_(factor)
-    return model
-
-
-DRAFTS = [(solver, steps, velocity, guidance, t_start)
-          for solver, steps in [("euler", 2), ("euler", 15), ("midpoint", 3), ("midpoint", 15),
-                                ("midpoint", 127), ("rk4", 5), ("rk4", 17)]
-          for velocity, guidance, t_start in [("argmax", 1, 0), ("argmax", 1.5, 0.3),
-                                              ("sample", 1, 0.1), ("sample", 0, 0)]]
-
-
-@pytest.mark.parametrize("mind", ["calm", "restless"])
-@pytest.mark.parametrize("solver, steps, velocity, guidance, t_start", DRAFTS)
-def test_drafts_give_what_the_loop_gives(solver, steps, velocity, guidance, t_start, mind):
-    """In three rows of two positions, of different classes, one of them padded. The loop's cost is
-    the bound."""
-    model = exact_l2d(solver=solver, steps=steps, velocity=velocity, guidance=guidance,
-                      t_start=t_start)
-    model = restless(model) if mind == "restless" else model
-    padded = left_padded(IDS, [9, 5, 7])
-    keep = torch.zeros(3, 9, dtype=torch.bool)
-    keep[:, [5, 8]] = True
-    context = model.read(keep, **padded, class_ids=torch.tensor([0, 1, 2]), seeds=SEEDS)
-    (logits, used, most), drafted = loop_and_draft(model, context)
-    assert torch.allclose(drafted[0], logits, rtol=1e-3, atol=1e-3)
-    assert torch.equal(drafted[1], used) and (used == steps).all()
-    assert (drafted[2] >= 1).all() and (drafted[2] <= most).all()
-
-
-def test_a_restless_path_needs_many_passes_and_a_calm_one_few():
-    """Otherwise the test above would test little."""
-    passes = {}
-    for mind in (restless, lambda model: model):
-        model = mind(exact_l2d(steps=15, velocity="sample"))
-        passes[mind] = loop_and_draft(model, read(model))[1][2]
-    many, few = passes.values()
-    assert many.max() > 5 and few.float().mean() < many.float().mean()
-
-
-@pytest.mark.parametrize("kind, changes, config", [
-    ("qwen2", {}, {}), ("qwen3", {}, {}), ("mistral", dict(sliding_window=4), {}),
-    ("llama", {}, dict(path="full")), ("llama", {}, dict(path="scratch", class_names=()))])
-def test_drafts_give_what_the_loop_gives_on_every_base(kind, changes, config):
-    model = exact_l2d(kind, changes, steps=15, **config)
-    (logits, _, _), drafted = loop_and_draft(model, read(model))
-    assert torch.allclose(drafted[0], logits, rtol=1e-3, atol=1e-3)
-    assert (drafted[2] < 14).any()
-
-
-def test_drafts_in_bfloat16_differ_by_roundings():
-    """See test_parallel_equals_cached_in_bfloat16_but_for_rounding."""
-    model = tiny_l2d(base=tiny_base(dtype=torch.bfloat16), steps=15)
-    (logits, _, _), drafted = loop_and_draft(model, read(model))
-    other, _, _ = diffuse(model.current_path(), read(model, seeds=SEEDS + 1))
-    assert (drafted[0] - logits).float().norm() < (other - logits).float().norm() / 2
-
-
-def test_a_row_whose_draft_held_is_not_changed_by_the_others():
-    model = exact_l2d(steps=15, velocity="sample")
-    context = read(model, IDS[:1].expand(8, -1), seeds=torch.arange(8))
-    logits, _, passes = diffuse(model.current_path(), context)
-    assert len(passes.unique()) > 1
-    for row in range(8):
-        alone = read(model, IDS[:1], seeds=torch.tensor([row]))
-        answer, _, own = diffuse(model.current_path(), alone)
-        assert torch.allclose(answer[0], logits[row], rtol=1e-3, atol=1e-3)
-        assert own <= passes[row]                        # 8 rows take 16 states each, one takes 128
-
-
-def test_a_pass_has_at_most_so_many_rows_and_at_least_two_states_each(queries):
-    model = exact_l2d(guidance=1.5, velocity="sample")
-    for B, n in ((1, 1), (3, 1), (16, 1), (3, 9)):
-        queries.clear()
-        ids = IDS[:1].expand(B, -1) if B == 16 else IDS[:B]
-        output = model(ids, steps=127, logits_to_keep=n)
-        assert max(queries) <= l2d.ROWS
-        many = B * n <= l2d.ROWS // 2
-        assert (len(queries) == 2 * 126 - 1) == (not many)           # the loop; unguided at the end
-        assert 2 * output.passes.max() == len(queries) + (not many)
-
-
-@pytest.mark.parametrize("solver, steps", [("euler", 5), ("midpoint", 7), ("rk4", 9)])
-def test_a_state_is_a_weighted_sum_of_the_noise_and_the_estimates_before_it(solver, steps):
-    weights, times = l2d.unroll(solver, 0.1, 0.9, steps)
-    assert weights.shape == (steps, steps) and times.shape == (steps,)
-    assert torch.equal(weights, weights.tril(-1)) and (weights[1:].sum(1) > 0).all()
-    x_0, x_hats, seen = torch.randn(4), torch.randn(steps, 4), []
-    def dxdt(x, t):
-        seen.append((x, t))
-        return (x_hats[len(seen) - 1] - x) / (1 - t)
-    n = (steps - 1) // len(TABLEAUS[solver].c)
-    end = solve_fixed(dxdt, x_0, 0.1, 0.9, n, TABLEAUS[solver])
-    expected = torch.stack([x for x, _ in seen] + [end])
-    assert torch.allclose(x_0 + weights @ (x_hats - x_0), expected, atol=1e-5)
-    assert times.tolist() == pytest.approx([t.item() for _, t in seen] + [0.9], abs=1e-7)
-
-
-# ---- Trace ---------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("solver, steps", [("euler", 1), ("euler", 4), ("midpoint", 7)])
-def test_trace(solver, steps, capsys):
-    model, words = tiny_l2d(solver=solver, steps=steps), SimpleNamespace(decode=lambda ids: int(ids[0]))
-    sample_script.trace(model, words, IDS[:1], seeds=SEEDS[:1])
-    rows = [list(map(float, line.split())) for line in capsys.readouterr().out.splitlines()[1:]]
-    numbers, times, tokens, probabilities, moved = map(list, zip(*rows))
-    assert numbers == list(range(1, steps + 1)) and times == sorted(set(times))
-    assert times[0] == 0 and times[-1] == (1 if steps > 1 else 0)
-    with torch.no_grad():
-        first = model.base(IDS[:1]).logits[0, -1]
-        last = model(IDS[:1], steps=steps, seeds=SEEDS[:1]).logits[0, -1]
-    for n, logits in ((0, first), (-1, last)):
-        assert tokens[n] == logits.argmax()
-        assert probabilities[n] == pytest.approx(logits.softmax(-1).max().item(), abs=1e-3)
-    assert moved[0] == 0 and all(x > 0 for x in moved[1:])
 
 
 # ---- Generation ----------------------------------------------------------------------------------
