@@ -170,8 +170,8 @@ def encode(rows, tokenizer, max_length, label_column=None, first=0):
             continue
         for key in set().union(*messages) - {"role", "content", *template}:
             notes[f"rows with {key!r} that is not used by the chat template"] += 1
-        shared, first_turn = [], len(examples)           # all turns of a row are encoded at once,
-        for end in [k + 1 for k, wanted in enumerate(learnt) if wanted][::-1]:      # with the last
+        shared, first_turn = [], len(examples)           # the last turn encodes those before it
+        for end in [k + 1 for k, wanted in enumerate(learnt) if wanted][::-1]:
             try:
                 ids, answer = encode_turn(messages[:end], shared, tokenizer, max_length, notes)
             except ValueError as error:
