@@ -132,7 +132,7 @@ def read_chat(row, label_column, notes):
 def encode_turn(messages, row, tokenizer, max_length, notes):
     """(token ids, where the answer starts) of a chat that ends with the answer. That ends with its
     last eos, which is added if there is none. `row` is the (text, encoding) of a longer chat: what
-    begins as this one is cut out of it. Else it becomes this one's. ValueError: not to be learnt."""
+    begins as this one is cut out of it. Else it becomes this one's. ValueError: not learnt."""
     if len(messages) == 1:
         raise ValueError("nothing precedes the answer")
     prompt, whole = render(tokenizer, messages[:-1]), render(tokenizer, messages, answer=True)

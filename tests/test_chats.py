@@ -183,6 +183,15 @@ def test_turns_cut_out_of_one_text_are_those_encoded_alone(template):
     assert found == [turn for row in rows for turn in one_by_one(row, tokenizer)] and len(found) > 60
 
 
+def test_a_row_is_encoded_once(monkeypatch):
+    """However many turns it has, if the template continues what it wrote."""
+    tokenizer, calls = make(CHATML), []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **kw: calls.append(texts) or call(self, texts, **kw))
+    examples, _ = encode([talk(*"abcdefgh"), talk("a", "b")], tokenizer, 100)
+    assert len(examples) == 5 and len(calls) == 2
+
+
 # ---- The cache -------------------------------------------------------------------------------------------------------
 
 def test_a_cache_is_used_only_for_the_very_same(tmp_path, monkeypatch):
