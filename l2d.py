@@ -8,7 +8,7 @@ makes of the state x_t is added to the LM's last hidden state, and the LM's head
 The velocity points from x_t to x̂, the point of that token. Here is one step of Euler's method,
 over an interval of length h:
 
-  tokens 0..k ──► main path: frozen LM, once per token ──► keys K_i, values V_i     hidden state
+  tokens 0..k ──► main path: frozen LM, once per token ──► keys and values i        hidden state
                                                                   │                     │
                                                                   ▼                     ▼
   x_t ──► rescale, MLP ──► f ──► blocks i: cross attention, MLP ──► f ──► hidden + (w(t) − w(0))·f
@@ -24,9 +24,9 @@ evaluations per token: all but the last give velocities, and the last gives the 
 at t = 0 (if config.t_start = 0, the default). There f has the weight w(0) − w(0) = 0, so the logits
 are the LM's own. With T = 1 it is also the last, and the answer is that of the untouched LM.
 
-A *pass* is one run of the path (two with guidance), for one state of a token or for several. While
-x̂ stays the same token, the state moves on a straight line, so its later places are known. Hence
-T evaluations rarely take T passes: see `draft_and_check`. "The release" is the authors' code.
+A *pass* is one run of the path (two with guidance), for one state of a token or for several. If x̂
+stays the same token, all later states are known. So guess that it stays, and check the guess at all
+of them in one pass (`draft_and_check`). "The release" is the authors' code.
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -121,7 +121,7 @@ class LoRALinear(nn.Module):
 # ---- Time and class conditioning (Section 3.2) ---------------------------------------------------
 
 def time_features(t, size):
-    """Cosines, then sines, of t at frequencies from 1 to 1/10000: float32 [.., 1] -> [.., size]."""
+    """cos, then sin, of t (not of 1000·t) times 1 to 1/10000: float32 [.., 1] -> [.., size]."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))
     return torch.cat([torch.cos(t * frequencies), torch.sin(t * frequencies)], dim=-1)
@@ -135,7 +135,7 @@ def mlp(n_in, n_hidden, n_out):
 class DiffusionVocabulary(nn.Module):
     """Tokens as points: x_1 = sqrt(d)·z/|z| with z = W_v e + b_v, where e is the LM's embedding.
     The norm fixes the variance at 1 per coordinate. Otherwise training could make its task easy
-    by moving tokens away from the noise. (b_v is in the release, not in the paper.)"""
+    by longer z, which the noise hides less. (b_v is in the release, not in the paper.)"""
 
     def __init__(self, hidden_size, dim):
         super().__init__()
@@ -163,9 +163,9 @@ class Context:
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
     masks: dict                         # kind of attention (full or sliding window)
-                                        #   -> [B, N, G, L]  0 visible, −inf not
+                                        #   -> [B, N, G, L]  0 visible, −inf not; G equal ones
     kinds: list                         # per block, its kind of attention
-    seeds: torch.Tensor                 # [B, N]  of each row
+    seeds: torch.Tensor                 # [B, N]  the seed of the row
     positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
     class_ids: torch.Tensor | None      # [B, N]  None for a model without classes
 
@@ -173,8 +173,8 @@ class Context:
         return self.lm.lm_head(self.lm.model.norm(hidden))
 
     def tile(self, n):
-        """Every token n times in a row, for n states of it: N becomes N·n. Keys and values stay:
-        more states are more queries."""
+        """Every token n times, side by side, for n states of it: N becomes N·n. Keys and values
+        stay: more states are more queries."""
         def tiled(x):
             return x if x is None else x.repeat_interleave(n, dim=1)
         names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
@@ -227,8 +227,8 @@ class Block(nn.Module):
         return f + gate_2 * self.feed_forward(n, layer.mlp)                     # [B, N, D]
 
     def attention(self, n, attn, context, i):
-        keys, mask = context.keys[i], context.masks[context.kinds[i]].flatten(1, 2)[:, None]
-        B, N, _ = n.shape
+        (B, N, _), keys = n.shape, context.keys[i]
+        mask = context.masks[context.kinds[i]].flatten(1, 2)[:, None]           # [B, 1, N·G, L]
         q = self.q_proj(n, attn.q_proj).view(B, N, -1, attn.head_dim)           # [B, N, H, E]
         if hasattr(attn, "q_norm"):                                             # Qwen3
             q = attn.q_norm(q)
@@ -317,7 +317,7 @@ def initial_noise(config, context):
 def diffusion_losses(path, context, targets, shown=None):
     """Cross entropy of every target at a random time: targets int64 [B, N], IGNORE where there is
     none -> losses [M] of the M targets. x_1 is not detached, so the loss trains W_v too. `shown`
-    are the tokens in x_t, if they are not the targets (in experiments)."""
+    are the tokens in x_t, if other ones: only experiments/variants.py gives them."""
     address = context.seeds, context.positions
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
     if path.config.timesteps == "cosmap":           # more of t near 0.5; arXiv:2403.03206, 3.1
@@ -350,10 +350,10 @@ def estimate(path, logits, t, context):
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
-        # A draw from softmax(logits / tau) is the argmax of logits + tau·Gumbel noise. tau = 1 − t,
-        # so late draws are the most likely token. (In the release tau is that of the interval's
-        # end.) The time, as a whole number, goes into the noise: every time has its own draw.
-        moment = (t[..., 0] * 2**24).long()         # float32 has 24 bits
+        # Gumbel-max: argmax(logits + tau·Gumbel noise) is a draw from softmax(logits / tau). With
+        # tau = 1 − t, late draws are the most likely token. (The release has tau of the interval's
+        # end.) Every time has noise of its own, always the same, so that drafts can be checked.
+        moment = (t[..., 0] * 2**24).long()         # a float32 has 24 bits
         u = uniform(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() - (1 - t) * torch.log(-torch.log(u))
     value, token = logits.max(-1, keepdim=True)
@@ -362,10 +362,10 @@ def estimate(path, logits, t, context):
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
     [B, N, d]. With guidance, the path also runs without class. Mixing the two velocities as in
-    Eq. 7 is mixing the two x̂. The logits are those of the class."""
-    logits, w = predict(path, x, t, context), path.config.guidance
+    Eq. 7 is mixing the two x̂. The logits stay those with the class, as in the release."""
+    logits = predict(path, x, t, context)
     x_hat = estimate(path, logits, t, context)
-    if w != 1:
+    if (w := path.config.guidance) != 1:
         context = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
         without = estimate(path, predict(path, x, t, context), t, context)
         x_hat = w * x_hat + (1 - w) * without
@@ -431,8 +431,8 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     t = torch.full_like(x[..., :1], t_start)
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t)
-    reused = tableau.a[-1] == tableau.b[:-1]        # the last k is taken at x_new: the next k_1
-    cost = len(tableau.c) - int(reused)             # evaluations of a try, and of its new k_1
+    reused = tableau.a[-1] == tableau.b[:-1]        # "first same as last": the next k_1 is there
+    cost = len(tableau.c) - int(reused)             # evaluations of a try and of the next k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -440,7 +440,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error over the tolerance, as a root mean square over d, is at most 1.
-        # (NaN passes, too, and makes the next interval the last.)
+        # (An error of NaN passes, too. It makes h NaN, so the next interval ends at t_end.)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
@@ -467,22 +467,23 @@ def end_time(config):
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
-ROWS = 128                              # a pass that drafts has at most so many states in all
+ROWS = 128                              # the most states, of all tokens, in a pass that drafts
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
     """Logits [B, N, V] of the next token; the evaluations used, and the passes that they took, both
     int64 [B, N].
     steps              T (default: config.steps). Adaptive solvers choose their own, unless T = 1
-    config.t_start     if above 0 (not in the paper): start there from (1 − t_start)·x_0, which is
-                       x_t without its token; then every evaluation runs the path, even if T = 1
+    config.t_start     if above 0 (not in the paper): start there from (1 − t_start)·x_0, the noise
+                       in x_t. The path has a weight there, so it runs also for the first evaluation
     observe            observe(x_t, t, logits) is called at each evaluation, one after the other"""
     config, tableau = path.config, TABLEAUS[path.config.solver]
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     check_steps(config.solver, T)
     x = (1 - start) * initial_noise(config, context)
-    most = ROWS // x[..., 0].numel()                # ("expectation": x̂ moves all the time)
-    one_by_one = tableau.error or config.velocity == "expectation" or observe is not None
+    most = ROWS // x[..., 0].numel()                # states of each token in a pass that drafts
+    # No drafts where x̂ moves all the time, or the times are not known in advance.
+    one_by_one = config.velocity == "expectation" or bool(tableau.error) or observe is not None
     if T > 1 and most > 1 and not one_by_one:
         return draft_and_check(path, context, x, most, *unroll(config.solver, start, end, T))
 
@@ -506,11 +507,11 @@ def diffuse(path, context, steps=None, observe=None):
 
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
-    """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. The state
-    of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where x̂_j is what evaluation j finds. For W,
-    run the solver from x_0 = 0 with unit vectors as x̂_j: then state i is row i of W. (Another x_0
-    only shifts all of it, as the velocity depends on x̂ − x.) W_ij is 0 for j >= i, as a state
-    depends on the evaluations before it."""
+    """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. As the
+    velocity is linear in x̂ − x, the state of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where
+    x̂_j is what evaluation j found, and j < i. Euler's method with T = 3 has W = [[0, 0, 0],
+    [1/2, 0, 0], [0, 1, 0]]. To read W off, run the solver from x_0 = 0 with unit vector j as x̂_j:
+    then coordinate j of state i is W_ij."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -523,23 +524,24 @@ def unroll(solver, t_start, t_end, steps):
 
 def draft_and_check(path, context, x_0, most, weights, times):
     """What the loop over the T evaluations gives, in fewer passes, each of at most `most` states of
-    a token; weights and times are those of `unroll`.
+    a token; weights and times are those of `unroll`, x_0 is the first state.
 
-    Draft that all evaluations find the last known x̂. Then all states are known, and one pass
-    evaluates many. An example with T = 5, where A and B are two values of x̂ and A is the first:
+    Assume that all later evaluations find the last known x̂. Then all states are known, and one
+    pass evaluates many of them. An example with T = 5, where A and B are two values of x̂:
 
-      draft A A A A A -> found _ A B x x    the states up to the B were right, so this B is right
-      draft A A B B B -> found _ _ _ B B    all as drafted: the logits of the last are the answer
-      (_ was known before, x comes from a wrong state)
+      evaluation  0 1 2 3 4
+      assumed     A A A A A
+      found       A A B ? ?     this B is right, as its state follows from A A. The ? follow from
+      assumed     A A B B B     a third A, which is wrong, and are not used.
+      found       A A B B B     all as assumed: the logits of the last are the answer
 
-    A state depends only on the x̂ before it. So up to the first x̂ that is not as drafted, this one
-    included, states and x̂ are those of the loop. Every pass makes at least one more evaluation
-    known, so there are never more passes than evaluations. (Rounding can turn a near-tie.)"""
+    So all up to the first x̂ that is not as assumed, this one included, is what the loop finds, but
+    for rounding at near-ties. Each pass adds at least one, so passes never exceed evaluations."""
     (B, N, _), T = x_0.shape, len(times)
     weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T)))
     answer, x_hat = evaluate(path, x_0, times.new_zeros(1, 1, 1), context)  # the LM's own token
     x_0, x_hats = x_0[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
-    known = (times[0] == 0).long().expand(B, N)         # so many evaluations of each token are done
+    known = (times[0] == 0).long().expand(B, N)         # evaluations done; at t = 0, that was one
     passes = torch.zeros_like(known)
     while (n := min(most, T - int(known.min()))) > 0:
         # The next n evaluations of each token. (If there are fewer, the last one again.)
@@ -548,17 +550,17 @@ def draft_and_check(path, context, x_0, most, weights, times):
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # Known now: those as drafted from the first on, and the first that is not.
+        # Known now: those as assumed, and the first that is not. No more than there are.
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
         new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
         new = new.clamp(max=n).minimum(T - known)
         known, passes = known + new, passes + (new > 0)
-        last = (new - 1).clamp(min=0)[..., None, None]
+        newest = (new - 1).clamp(min=0)[..., None, None]        # of the n (0 if a token has ended)
         ended = ((new > 0) & (known == T))[..., None]
-        answer = torch.where(ended, logits.take_along_dim(last, dim=2)[:, :, 0], answer)
-        # Draft the last of them for all that follow. (Those before it were as drafted.)
+        answer = torch.where(ended, logits.take_along_dim(newest, dim=2)[:, :, 0], answer)
+        # From the newest known evaluation on, assume its x̂.
         later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
-        x_hats = torch.where(later, x_hat.take_along_dim(last, dim=2), x_hats)
+        x_hats = torch.where(later, x_hat.take_along_dim(newest, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
 
 # ==== Part II: a causal LM to the rest of the world ===============================================
@@ -615,7 +617,7 @@ class L2DConfig(transformers.PreTrainedConfig):
             raise ValueError(f"a model of type {kind!r} is no trained path: train one on it with "
                              "train.py --model")
         config_dict = {name: value for name, value in config_dict.items()
-                       if name not in ("init", "proposals")     # of older folders, as is this:
+                       if name not in ("init", "proposals")     # they are in older folders, as is
                        and (name, value) != ("self_condition", False)}
         if "base_model" in kwargs:                          # another base has other commits
             config_dict["base_revision"] = None
@@ -633,8 +635,7 @@ class L2DConfig(transformers.PreTrainedConfig):
 KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
                     "attn_implementation", "experts_implementation", "torch_dtype",
                     "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
-                    "bos_token_id", "eos_token_id",         # (the last four: from Trainer)
-                    "output_attentions"}
+                    "bos_token_id", "eos_token_id", "output_attentions"}
 
 def check_steps(solver, steps):
     """ValueError: a fixed-step solver cannot make T = `steps` evaluations; names the nearest T."""
@@ -701,7 +702,7 @@ class L2DOutput(CausalLMOutputWithPast):
     passes: torch.Tensor | None = None
 
 def kept_columns(keep):
-    """The columns of each row that keep [B, S] marks, then filler: int64 [B, N] (True first)."""
+    """Where keep [B, S] is True, per row, filled up with other columns: int64 [B, N]."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
@@ -815,9 +816,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         return self
 
     def current_path(self):
-        """The path to evaluate with: in evaluation mode a copy, with its blocks in the LM's dtype
-        and one table. train(), eval() and every change of a weight that torch counts drop it.
-        (Edits through `p.data` are invisible: call eval() after.)"""
+        """The path to evaluate with: in evaluation mode a copy, blocks cast and table made once,
+        until train(), eval() or a change of a weight (not through `p.data`: call eval() then)."""
         weights = [*self.path.parameters(), self.base.get_input_embeddings().weight]
         if self.training or any(p.is_inference() for p in weights):
             return self.path                    # (torch counts no changes of inference tensors)
@@ -901,7 +901,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
 
     def make_masks(self, columns, length, attention_mask):
         """For every kind of attention [B, N, G, L], 0 or −inf: the query at a column sees keys up
-        to its own, but no padding, and in a sliding window only that. And every layer's kind."""
+        to its own, but no padding, and nothing outside a sliding window. And every layer's kind."""
         config, query = self.base.config, columns[:, :, None]                           # [B, N, 1]
         key = torch.arange(length, device=columns.device)                               # [L]
         visible = key <= query
