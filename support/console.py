@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
@@ -37,6 +38,8 @@ def console(script):
     """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
     logging.set_verbosity_error()
+    logging.disable_progress_bar()                       # of loading, but also of downloads:
+    huggingface_hub.utils.enable_progress_bars()
     try:
         yield
     except KeyboardInterrupt:
