@@ -31,8 +31,9 @@ def probabilities(model, input_ids, seeds):
     return times, torch.stack(shares), diffuse(model.current_path(), context)[2].item()
 
 def leading(shares):
-    """The five tokens whose probability is highest at any time; the answer first."""
-    tokens = shares.amax(0).topk(5).indices.tolist()
+    """The tokens, five at most, whose probability reaches 1% at any time; the answer first."""
+    most, tokens = shares.amax(0).topk(5)
+    tokens = tokens[most >= 0.01].tolist()
     return sorted(tokens, key=lambda token: -shares[-1, token].item())
 
 def draw(times, shares, names, title, file):
@@ -43,7 +44,7 @@ def draw(times, shares, names, title, file):
         line, = axes.plot(times, shares[:, token], marker="o", markersize=3, label=name)
         axes.plot(0, shares[0, token], marker="D", markersize=9, color=line.get_color(),
                   clip_on=False, zorder=3)
-    axes.plot([], [], "D", markersize=8, color="grey", label="the base alone")
+    axes.plot([], [], "D", markersize=8, color="grey", label="the LM alone")
     axes.plot([], [], "--", color="grey", label="the guess changes")
     best = shares.argmax(1)
     for n in (best[1:] != best[:-1]).nonzero()[:, 0].tolist():
