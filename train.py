@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
@@ -156,6 +157,8 @@ def collate(pairs, model):
     """(example, seed) pairs, padded on the right, as the model's inputs."""
     examples, seeds = zip(*pairs)
     ids = pad_sequence([torch.tensor(e["input_ids"]) for e in examples], batch_first=True)
+    if model.device.type == "cuda":                      # attention copies masks of other widths
+        ids = F.pad(ids, (0, -ids.shape[1] % 16))
     lengths = torch.tensor([[len(e["input_ids"])] for e in examples])
     answers, place = torch.tensor([[e["answer"]] for e in examples]), torch.arange(ids.shape[1])
     inputs = dict(input_ids=ids, attention_mask=(place < lengths).long(), seeds=torch.tensor(seeds),
@@ -263,7 +266,11 @@ def finish(model, args, kind):
     model.save_pretrained(making)
     card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [kind]}
     if not os.path.isdir(args.model):
-        card["base_model"] = args.model
+        card |= {"base_model": args.model,
+                 "base_model_relation": "adapter" if kind == "l2d" else "finetune"}
+    if not os.path.exists(args.data):
+        name = args.data.split(":")[0]
+        card["datasets"] = ["HuggingFaceTB/smoltalk" if name == "smoltalk" else name]
     settings = {name: getattr(args, name) for name in (*SETTINGS, "max_steps", "batch_size", "lr")}
     log = [json.loads(line) for line in open(out / "log.jsonl") if "val_loss" in line]
     found = {name: value for line in log for name, value in line.items() if name != "answers"}

@@ -22,13 +22,14 @@ import tqdm.auto
 import transformers
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextIteratorStreamer, TextStreamer, pipeline
 
 import l2d
 import train
 from l2d import L2D, L2DConfig
 from support import chats, tiny
-from support.console import load_model
+from support.console import console, load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,6 +134,11 @@ def test_errors_of_a_data_set_are_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(OSError, match="no data can be loaded from 'some/data' .* An error occurred while generating"):
         chats.read_rows("some/data")
+
+
+def test_scripts_show_downloads_and_nothing_else_of_the_libraries():
+    with console("train.py"):
+        assert not are_progress_bars_disabled() and not transformers.logging.is_progress_bar_enabled()
 
 
 def fill_cache(cache, name, folder):
@@ -285,10 +291,22 @@ def test_training_writes_a_card(here, tmp_path, monkeypatch):
         data = ModelCard(text).data.to_dict()
         assert data["library_name"] == "transformers" and "l2d" in data["tags"]
         assert data.get("base_model") == base and str(here) not in text and str(tmp_path) not in text
+        assert data.get("base_model_relation") == (base and "adapter") and data["pipeline_tag"] == "text-generation"
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for value in ("64.0", "0.01", base or "base", json.dumps(log[-1]["val_loss"])):      # sigma, lr and the last validation
             assert value in text, value
     assert Path("l2d/model.safetensors").stat().st_size == (tmp_path / "run/model.safetensors").stat().st_size
+
+
+def test_the_card_names_the_data_set(tmp_path):
+    saved = SimpleNamespace(save_pretrained=lambda folder: Path(folder).mkdir(parents=True))
+    for data, names in (("some/data:part:train", ["some/data"]), ("smoltalk", ["HuggingFaceTB/smoltalk"]), (__file__, None)):
+        out = tmp_path / str(len(data))
+        out.mkdir()
+        (out / "log.jsonl").write_text("")
+        args = train.make_parser().parse_args(["--model", "some/base", "--out", str(out), "--data", data])
+        train.finish(saved, args, "l2d")
+        assert ModelCard((out / "README.md").read_text()).data.to_dict().get("datasets") == names
 
 
 # ---- Notebooks -------------------------------------------------------------------------------------------------------
