@@ -264,7 +264,8 @@ def finish(model, args, kind):
     """The trained model and a card, moved into place. Weights move last: then all is there."""
     out, making = Path(args.out), Path(f"{args.out}.making")
     model.save_pretrained(making)
-    card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [kind]}
+    card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [kind],
+            "license": "other", "license_name": "as-the-base-and-the-data-allow"}
     if not os.path.isdir(args.model):
         card |= {"base_model": args.model,
                  "base_model_relation": "adapter" if kind == "l2d" else "finetune"}

@@ -291,7 +291,7 @@ def test_training_writes_a_card(here, tmp_path, monkeypatch):
         data = ModelCard(text).data.to_dict()
         assert data["library_name"] == "transformers" and "l2d" in data["tags"]
         assert data.get("base_model") == base and str(here) not in text and str(tmp_path) not in text
-        assert data.get("base_model_relation") == (base and "adapter") and data["pipeline_tag"] == "text-generation"
+        assert data.get("base_model_relation") == (base and "adapter") and data["pipeline_tag"] == "text-generation" and data["license"] == "other"
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for value in ("64.0", "0.01", base or "base", json.dumps(log[-1]["val_loss"])):      # sigma, lr and the last validation
             assert value in text, value
