@@ -91,6 +91,10 @@ def normal(n, *address):
     """n standard normal numbers at an address: float32 [.., n]."""
     return torch.erfinv(2 * uniform(n, *address) - 1) * math.sqrt(2)
 
+def gumbel(n, *address):
+    """Gumbel noise, float32 [.., n]: argmax(logits + noise) is a draw from softmax(logits)."""
+    return -torch.log(-torch.log(uniform(n, *address)))
+
 # ==== Part I: the method ==========================================================================
 
 # ---- LoRA (Section 3.1) --------------------------------------------------------------------------
@@ -354,8 +358,8 @@ def estimate(path, logits, t, context):
         # tau = 1 − t, late draws are the most likely token. (The release has tau of the interval's
         # end.) Every time has noise of its own, always the same, so that drafts can be checked.
         moment = (t[..., 0] * 2**24).long()         # a float32 has 24 bits
-        u = uniform(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
-        logits = logits.float() - (1 - t) * torch.log(-torch.log(u))
+        noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
+        logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1, keepdim=True)
     return table[token[..., 0]] + 0 * value.float()     # argmax hides NaN, this puts it back
 
@@ -692,8 +696,7 @@ class OwnLinear(Linear):
 
 # ---- The model -----------------------------------------------------------------------------------
 
-# Renamed in transformers 5.24:
-CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # since 5.24
 
 @dataclass
 class L2DOutput(CausalLMOutputWithPast):
@@ -837,8 +840,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
         lm, caught, thread = self.base.model, [], threading.get_ident()
-        self.base.eval()                                # whatever was called on it: no dropout
-
+        if any(layer.self_attn.training for layer in lm.layers):        # dropout, that is
+            self.base.eval()                            # (not always: it visits every module)
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
                 caught.append(inputs[0])
@@ -956,8 +959,6 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         return L2DOutput(logits=logits, evaluations=evaluations, passes=passes,
                          **{CACHE: cache if use_cache is not False else None})
 
-    # Saving and loading
-
     def save_pretrained(self, save_directory, state_dict=None, is_main_process=True, **kwargs):
         """Write the path (safetensors), a configuration that names the base, and this file; never
         the base. A base in a local folder is named relative to save_directory: both can move
@@ -969,15 +970,14 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError(f"a path is saved as one file: leave out {', '.join(sorted(given))}")
         check_base(self.config, self.base)
         self.config.base_checksum = checksum(self.base) or self.config.base_checksum
-        base_model = self.config.base_model
-        if os.path.isdir(base_model):
-            relative = os.path.relpath(base_model, save_directory)
-            self.config.base_model = relative.replace(os.sep, "/")
+        name = self.config.base_model
+        if os.path.isdir(name):
+            self.config.base_model = os.path.relpath(name, save_directory).replace(os.sep, "/")
         try:
             super().save_pretrained(save_directory, state_dict=self.path.state_dict(),
                                     is_main_process=is_main_process, max_shard_size="1000GB")
         finally:
-            self.config.base_model = base_model
+            self.config.base_model = name
 
     def refuse(self, *args, **kwargs):
         raise ValueError("not possible with a path: use `generate` without an assistant; upload "

@@ -14,7 +14,6 @@ import inspect
 import io
 import json
 import math
-import ntpath
 import os
 import random
 import re
@@ -47,7 +46,7 @@ import train as train_script
 from l2d import (L2D, TABLEAUS, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, diffuse, end_time, estimate, normal, solve_adaptive, solve_fixed,
                  uniform)
-from support import chats, console, processes, tiny
+from support import console, processes, tiny
 from support.chats import load_data
 
 torch.set_num_threads(1)                # for models this small, threads only wait for each other

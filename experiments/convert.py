@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from l2d import L2D, L2DConfig
-from support.console import check_numbers, console, load, load_base
+from support.console import check_numbers, console, load_base
 
 # Of a folder, the first that is there:
 FILES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin")

@@ -36,7 +36,7 @@ from tokenizers import pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from experiments.results import USUAL, is_path, read_log, unfinished
+from experiments.results import USUAL, is_path, unfinished
 from l2d import IGNORE, L2D, TIME, L2DConfig, diffuse, initial_noise, uniform
 from support import chats, tiny
 from support.console import (check_numbers, console, load_base, load_model, load_tensors,
@@ -50,7 +50,8 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 OUT, SPLIT = "out/gsm8k", {"test": 400, "choose": 200}   # rows; the rest is "train"
 RECIPE = ("--max-length 256 --micro-batch-size 4 --warmup-steps 10 --dtype bfloat16 "
           "--validation 8 --eval-every 250 --save-every 20")
-METHODS = {"l2d": "-m experiments.variants --lr 1e-3", "lora": "-m experiments.finetune --method lora --lr 1e-3",
+METHODS = {"l2d": "-m experiments.variants --lr 1e-3",
+           "lora": "-m experiments.finetune --method lora --lr 1e-3",
            "full": "-m experiments.finetune --method full --lr 1e-4"}
 VARIANT = {"init": "paper", "proposals": 0.0}            # of experiments.variants
 PATH = {"sigma": 64.0, "dim": 256, "lora_rank": 32} | VARIANT        # the paper's
@@ -137,8 +138,9 @@ def split(data, out):
 def train(method, args):
     """Train one method, or what is left of it. RuntimeError: it failed."""
     out = Path(args.out) / method
-    names = ["seed", "batch_size", *(PATH if method == "l2d" else PATH.keys() - VARIANT)]
-    wanted = {"max_steps": args.updates, **{name: getattr(args, name) for name in sorted(names)}}
+    path = [name for name in PATH if method == "l2d" or name not in VARIANT]
+    wanted = {name: getattr(args, name) for name in ["seed", "batch_size", *path]}
+    wanted["max_steps"] = args.updates
     if (out / "args.json").exists():
         done = json.loads((out / "args.json").read_text(encoding="utf-8"))
         for name, value in wanted.items():
@@ -156,7 +158,7 @@ def train(method, args):
             raise RuntimeError(f"the training of {out} stopped: see above, then start again")
 
 # ---- Ways to answer: each takes a path, a context and the right tokens [B, N], and returns logits
-# [B, N, V] and passes [B, N] -----------------------------------------------------------------
+# [B, N, V] and passes [B, N] ----------------------------------------------------------------------
 
 def usual(path, context, targets, **settings):
     """The diffusion as l2d.py has it, with these settings of the model."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
-from l2d import L2D, uniform
+from l2d import L2D, gumbel
 from support.chats import render
 from support.console import load, load_model, load_tokenizer
 from support.tiny import KINDS, questions
@@ -85,8 +85,8 @@ class Sampler(LogitsProcessor):
         positions, self.positions = self.positions, self.positions + 1
         if self.temperature == 0:
             return scores
-        u = uniform(scores.shape[-1], self.seeds, positions, ANSWER)
-        return scores.float() / self.temperature - torch.log(-torch.log(u))         # Gumbel noise
+        noise = gumbel(scores.shape[-1], self.seeds, positions, ANSWER)
+        return scores.float() / self.temperature + noise
 
 @torch.no_grad()
 def ask(model, tokenizer, rows, seed, temperature=1.0, labels=False, beams=1, **settings):

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from transformers import DynamicCache
 
-from l2d import L2DOutput, diffusion_losses, uniform
+from l2d import L2DOutput, diffusion_losses, gumbel, uniform
 from support.console import console
 from support.processes import processes
 from train import make_parser, make_path, parse_args, train
@@ -49,8 +49,7 @@ def propose(context, targets, share, chunk=1024):
     address = context.seeds.flatten(), context.positions.flatten()
     for h, *where in zip(hidden.split(chunk), *(a.split(chunk) for a in address)):
         logits = context.logits(h).float()
-        noise = -torch.log(-torch.log(uniform(logits.shape[-1], *where, PROPOSAL)))     # Gumbel
-        drawn.append((logits + noise).argmax(-1))
+        drawn.append((logits + gumbel(logits.shape[-1], *where, PROPOSAL)).argmax(-1))
     chosen = uniform(1, *address, SHARE)[:, 0] < share
     return torch.where(chosen, torch.cat(drawn), targets.flatten().clamp(min=0)).view_as(targets)
 
