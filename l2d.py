@@ -24,9 +24,10 @@ evaluations per token: all but the last give velocities, and the last gives the 
 at t = 0 (if config.t_start = 0, the default). There f has the weight w(0) − w(0) = 0, so the logits
 are the LM's own. With T = 1 it is also the last, and the answer is that of the untouched LM.
 
-A *pass* is one run of the path (two with guidance), for one state of a token or for several. If x̂
-stays the same token, all later states are known. So guess that it stays, and check the guess at all
-of them in one pass (`draft_and_check`). "The release" is the authors' code.
+A *pass* is one run of the path (two with guidance), for one state of a token or for several. A
+state follows from x_0 and the x̂ before it. So guess that x̂ stays as it is, compute all later
+states, and evaluate them in one pass. The results are exact up to the first x̂ that is not as
+guessed; the rest is done again (`draft_and_check`).
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -139,7 +140,7 @@ def mlp(n_in, n_hidden, n_out):
 class DiffusionVocabulary(nn.Module):
     """Tokens as points: x_1 = sqrt(d)·z/|z| with z = W_v e + b_v, where e is the LM's embedding.
     The norm fixes the variance at 1 per coordinate. Otherwise training could make its task easy
-    by longer z, which the noise hides less. (b_v is in the release, not in the paper.)"""
+    by longer z, which the noise hides less. (b_v is in the authors' release only.)"""
 
     def __init__(self, hidden_size, dim):
         super().__init__()
@@ -167,7 +168,7 @@ class Context:
     keys: list                          # per block [B, K, L, E]  after the rotary embedding
     values: list                        # per block [B, K, L, E]
     masks: dict                         # kind of attention (full or sliding window)
-                                        #   -> [B, N, G, L]  0 visible, −inf not; G equal ones
+                                        #   -> [B, N, G, L]  0 visible, −inf not; G copies
     kinds: list                         # per block, its kind of attention
     seeds: torch.Tensor                 # [B, N]  the seed of the row
     positions: torch.Tensor             # [B, N]  k; the noise is a hash of seed and position
@@ -225,28 +226,28 @@ class Block(nn.Module):
         layer = context.lm.model.layers[i]
         modulation = self.adaLN_modulation(c.to(f.dtype)).chunk(6, dim=-1)
         scale_1, shift_1, gate_1, scale_2, shift_2, gate_2 = modulation
-        n = modulate(f, layer.input_layernorm, scale_1, shift_1)                # [B, N, D]
-        f = f + gate_1 * self.attention(n, layer.self_attn, context, i)         # [B, N, D]
-        n = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)       # [B, N, D]
-        return f + gate_2 * self.feed_forward(n, layer.mlp)                     # [B, N, D]
+        normed = modulate(f, layer.input_layernorm, scale_1, shift_1)           # [B, N, D]
+        f = f + gate_1 * self.attention(normed, layer.self_attn, context, i)    # [B, N, D]
+        normed = modulate(f, layer.post_attention_layernorm, scale_2, shift_2)  # [B, N, D]
+        return f + gate_2 * self.feed_forward(normed, layer.mlp)                # [B, N, D]
 
-    def attention(self, n, attn, context, i):
-        (B, N, _), keys = n.shape, context.keys[i]
+    def attention(self, normed, attn, context, i):
+        (B, N, _), keys = normed.shape, context.keys[i]
         mask = context.masks[context.kinds[i]].flatten(1, 2)[:, None]           # [B, 1, N·G, L]
-        q = self.q_proj(n, attn.q_proj).view(B, N, -1, attn.head_dim)           # [B, N, H, E]
+        q = self.q_proj(normed, attn.q_proj).view(B, N, -1, attn.head_dim)      # [B, N, H, E]
         if hasattr(attn, "q_norm"):                                             # Qwen3
             q = attn.q_norm(q)
         q = rotate(q, context.cos, context.sin)
-        # Grouped-query attention without copying keys: the G heads on a key head become G queries.
+        # Grouped-query attention without copies of keys: the G heads on a key head are G queries.
         q = q.view(B, N, keys.shape[1], -1, attn.head_dim).transpose(1, 2)      # [B, K, N, G, E]
         a = F.scaled_dot_product_attention(                                     # [B, K, N·G, E]
             q.flatten(2, 3), keys, context.values[i], mask, scale=attn.scaling)
         a = a.unflatten(2, (N, -1)).transpose(1, 2)                             # [B, N, K, G, E]
         return self.o_proj(a.flatten(2), attn.o_proj)                           # [B, N, D]
 
-    def feed_forward(self, n, lm_mlp):
-        gate = lm_mlp.act_fn(self.gate_proj(n, lm_mlp.gate_proj))               # [B, N, ffn]
-        return self.down_proj(gate * self.up_proj(n, lm_mlp.up_proj), lm_mlp.down_proj)
+    def feed_forward(self, normed, lm_mlp):
+        gate = lm_mlp.act_fn(self.gate_proj(normed, lm_mlp.gate_proj))          # [B, N, ffn]
+        return self.down_proj(gate * self.up_proj(normed, lm_mlp.up_proj), lm_mlp.down_proj)
 
 # ---- The diffusion path, and its way back into the LM (Section 3.1, Eq. 6) -----------------------
 
@@ -270,8 +271,8 @@ class DiffusionPath(nn.Module):
 
     def initialize(self):
         """Xavier-uniform weights and zero biases; N(0, 0.02²) for the embeddings of time and class.
-        output_weight and every adaLN_modulation end in a zero-initialised layer: the path starts
-        with weight 0, its blocks as the identity."""
+        output_weight and every adaLN_modulation end in a layer of zeros. So at first the path has
+        weight 0, its blocks are the identity, and only output_weight's last layer learns."""
         for module in self.modules():
             if type(module) is Linear:              # and not the OwnLinear of Part II
                 nn.init.xavier_uniform_(module.weight)
@@ -320,8 +321,8 @@ def initial_noise(config, context):
 
 def diffusion_losses(path, context, targets, shown=None):
     """Cross entropy of every target at a random time: targets int64 [B, N], IGNORE where there is
-    none -> losses [M] of the M targets. x_1 is not detached, so the loss trains W_v too. `shown`
-    are the tokens in x_t, if other ones: only experiments/variants.py gives them."""
+    none -> losses [M] of the M targets. x_1 is not detached, so the loss trains W_v too. `shown`:
+    the tokens to put into x_t, if not the targets; only experiments/variants.py gives them."""
     address = context.seeds, context.positions
     t = uniform(1, *address, TIME)                                              # [B, N, 1]
     if path.config.timesteps == "cosmap":           # more of t near 0.5; arXiv:2403.03206, 3.1
@@ -347,9 +348,9 @@ def cross_entropy(context, hidden, targets, chunk=1024):
 # ---- Velocity (Section 2.3, Eq. 4 and 8) and guidance (Section 3.2, Eq. 7) -----------------------
 
 def estimate(path, logits, t, context):
-    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]. It is
-    the mean of all tokens (config.velocity = "expectation"), one that is drawn ("sample"), or the
-    most likely one ("argmax")."""
+    """x̂, where the path expects the token to be: logits [B, N, V], t [B, N, 1] -> [B, N, d]. By
+    config.velocity it is the mean of all tokens under softmax(logits) ("expectation"), a token
+    drawn from it ("sample"), or the most likely token ("argmax")."""
     table = path.table(context.lm.get_input_embeddings())
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
@@ -361,7 +362,7 @@ def estimate(path, logits, t, context):
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1, keepdim=True)
-    return table[token[..., 0]] + 0 * value.float()     # argmax hides NaN, this puts it back
+    return table[token[..., 0]] + 0 * value.float()     # if logits are NaN, so is x̂
 
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
@@ -369,10 +370,10 @@ def evaluate(path, x, t, context):
     Eq. 7 is mixing the two x̂. The logits stay those with the class, as in the release."""
     logits = predict(path, x, t, context)
     x_hat = estimate(path, logits, t, context)
-    if (w := path.config.guidance) != 1:
+    if (scale := path.config.guidance) != 1:
         context = replace(context, class_ids=torch.full_like(context.class_ids, path.null))
         without = estimate(path, predict(path, x, t, context), t, context)
-        x_hat = w * x_hat + (1 - w) * without
+        x_hat = scale * x_hat + (1 - scale) * without
     return logits, x_hat
 
 def predict(path, x, t, context):
@@ -435,8 +436,8 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     t = torch.full_like(x[..., :1], t_start)
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t)
-    reused = tableau.a[-1] == tableau.b[:-1]        # "first same as last": the next k_1 is there
-    cost = len(tableau.c) - int(reused)             # evaluations of a try and of the next k_1
+    reused = tableau.a[-1] == tableau.b[:-1]        # the last stage is the next k_1 (at x_new)
+    cost = len(tableau.c) - int(reused)             # evaluations of an interval and the next k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -465,13 +466,13 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
 def end_time(config):
-    """Where the integration stops: at 1. But the velocity divides by 1 − t, so a method that
-    evaluates it at the end of an interval stops at 1 − 1/sigma, as in A.2, or at 0.95 if later."""
+    """Where the integration stops: at 1, if the method does not evaluate the velocity there, which
+    divides by 1 − t. If it does: at 1 − 1/sigma, as in A.2, or at 0.95, whichever is later."""
     if config.t_end is not None:
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
-ROWS = 128                              # the most states, of all tokens, in a pass that drafts
+MAX_STATES = 128                        # of all B·N tokens together, in a pass that drafts
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
@@ -485,8 +486,8 @@ def diffuse(path, context, steps=None, observe=None):
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     check_steps(config.solver, T)
     x = (1 - start) * initial_noise(config, context)
-    most = ROWS // x[..., 0].numel()                # states of each token in a pass that drafts
-    # No drafts where x̂ moves all the time, or the times are not known in advance.
+    most = MAX_STATES // x[..., 0].numel()          # of each token; below 2 there is no draft
+    # Nor where x̂ moves all the time, or where the times are not known in advance.
     one_by_one = config.velocity == "expectation" or bool(tableau.error) or observe is not None
     if T > 1 and most > 1 and not one_by_one:
         return draft_and_check(path, context, x, most, *unroll(config.solver, start, end, T))
@@ -511,11 +512,11 @@ def diffuse(path, context, steps=None, observe=None):
 
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
-    """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. As the
-    velocity is linear in x̂ − x, the state of evaluation i is x_0 + sum_j W_ij (x̂_j − x_0), where
-    x̂_j is what evaluation j found, and j < i. Euler's method with T = 3 has W = [[0, 0, 0],
-    [1/2, 0, 0], [0, 1, 0]]. To read W off, run the solver from x_0 = 0 with unit vector j as x̂_j:
-    then coordinate j of state i is W_ij."""
+    """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. State i,
+    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0): x_0, moved towards each x̂_j found so far
+    (j < i), by amounts that only solver and times decide. To find them, run the solver from x_0 = 0
+    with unit vector j as x̂_j: then state i is row i of W. Euler's method with T = 3 has
+    W = [[0, 0, 0], [1/2, 0, 0], [0, 1, 0]]."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -526,43 +527,43 @@ def unroll(solver, t_start, t_end, steps):
     times.append(x.new_tensor([t_end]))
     return torch.stack([*states, x]).float(), torch.cat(times).float()
 
-def draft_and_check(path, context, x_0, most, weights, times):
-    """What the loop over the T evaluations gives, in fewer passes, each of at most `most` states of
-    a token; weights and times are those of `unroll`, x_0 is the first state.
+def draft_and_check(path, context, first, most, weights, times):
+    """What the loop over T evaluations gives, in fewer passes, each of at most `most` states of a
+    token. `first` is the first state, x_0 in `unroll`, which gives weights and times.
 
-    Assume that all later evaluations find the last known x̂. Then all states are known, and one
-    pass evaluates many of them. An example with T = 5, where A and B are two values of x̂:
+    Guess that all later evaluations find the last known x̂. Then all states are known, and one pass
+    evaluates them. An example with T = 5 and t_start = 0, where A and B are two values of x̂:
 
-      evaluation  0 1 2 3 4
-      assumed     A A A A A
-      found       A A B ? ?     this B is right, as its state follows from A A. The ? follow from
-      assumed     A A B B B     a third A, which is wrong, and are not used.
-      found       A A B B B     all as assumed: the logits of the last are the answer
+      evaluation     0 1 2 3 4
+      guess          A A A A A    evaluation 0 finds the LM's own token, without a pass
+      pass 1 finds     A B ? ?    B is right, as its state comes from A A. But ? come from A A A,
+      guess          A A B B B    and the third is wrong: they are not used
+      pass 2 finds         B B    as guessed: the logits of evaluation 4 are the answer
 
-    So all up to the first x̂ that is not as assumed, this one included, is what the loop finds, but
-    for rounding at near-ties. Each pass adds at least one, so passes never exceed evaluations."""
-    (B, N, _), T = x_0.shape, len(times)
-    weights, times, index = (z.to(x_0.device) for z in (weights, times, torch.arange(T)))
-    answer, x_hat = evaluate(path, x_0, times.new_zeros(1, 1, 1), context)  # the LM's own token
-    x_0, x_hats = x_0[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
-    known = (times[0] == 0).long().expand(B, N)         # evaluations done; at t = 0, that was one
+    So what counts as known is what the loop finds, but for rounding at near-ties. Each pass adds
+    at least one evaluation, so there are never more passes than in the loop."""
+    (B, N, _), T = first.shape, len(times)
+    weights, times, index = (z.to(first.device) for z in (weights, times, torch.arange(T)))
+    # The first guess is the LM's own token. If t_start = 0, it is also evaluation 0.
+    answer, x_hat = evaluate(path, first, times.new_zeros(1, 1, 1), context)
+    known = (times[0] == 0).long().expand(B, N)         # how many evaluations are known
+    first, x_hats = first[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
     passes = torch.zeros_like(known)
     while (n := min(most, T - int(known.min()))) > 0:
-        # The next n evaluations of each token. (If there are fewer, the last one again.)
+        # The next n evaluations of each token. (If it has fewer left, its last one fills up.)
         i = (known[..., None] + index[:n]).clamp(max=T - 1)                     # [B, N, n]
-        x = x_0 + weights[i] @ (x_hats - x_0)                                   # [B, N, n, d]
+        x = first + weights[i] @ (x_hats - first)                               # [B, N, n, d]
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # Known now: those as assumed, and the first that is not. No more than there are.
+        # New is the first x̂ that is not as guessed, with all before it: at most what was left.
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
-        new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
-        new = new.clamp(max=n).minimum(T - known)
+        new = (same.long().cumprod(-1).sum(-1) + 1).minimum((T - known).clamp(max=n))   # [B, N]
         known, passes = known + new, passes + (new > 0)
-        newest = (new - 1).clamp(min=0)[..., None, None]        # of the n (0 if a token has ended)
+        newest = (new - 1).clamp(min=0)[..., None, None]        # which of the n is the last new one
         ended = ((new > 0) & (known == T))[..., None]
         answer = torch.where(ended, logits.take_along_dim(newest, dim=2)[:, :, 0], answer)
-        # From the newest known evaluation on, assume its x̂.
+        # The next guess: its x̂, from there on. (That of a token that has ended is not used.)
         later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
         x_hats = torch.where(later, x_hat.take_along_dim(newest, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
@@ -621,8 +622,8 @@ class L2DConfig(transformers.PreTrainedConfig):
             raise ValueError(f"a model of type {kind!r} is no trained path: train one on it with "
                              "train.py --model")
         config_dict = {name: value for name, value in config_dict.items()
-                       if name not in ("init", "proposals")     # they are in older folders, as is
-                       and (name, value) != ("self_condition", False)}
+                       if name not in ("init", "proposals")     # older folders have these, and
+                       and (name, value) != ("self_condition", False)}      # load as before
         if "base_model" in kwargs:                          # another base has other commits
             config_dict["base_revision"] = None
         return super().from_dict(config_dict, **kwargs)
@@ -636,9 +637,8 @@ class L2DConfig(transformers.PreTrainedConfig):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
         return config
 
-KNOWN_TO_LIBRARY = {"architectures", "model_type", "transformers_version", "name_or_path",
-                    "attn_implementation", "experts_implementation", "torch_dtype",
-                    "_name_or_path", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
+KNOWN_TO_LIBRARY = {"model_type", "name_or_path", "attn_implementation", "experts_implementation",
+                    "torch_dtype", "_commit_hash", "auto_map", "use_cache", "pad_token_id",
                     "bos_token_id", "eos_token_id", "output_attentions"}
 
 def check_steps(solver, steps):
@@ -735,8 +735,8 @@ def check_base(config, base):
                          'device: load it with device_map={"": 0}')
 
 def checksum(base):
-    """A checksum of the base's settings, shapes and four rows of every tensor, as bfloat16, so that
-    it is the same in float32. None: a base in another format (quantised, float16) or on "meta"."""
+    """A checksum of the base's settings and shapes, and of four rows of every tensor, rounded to
+    bfloat16 so that its dtype does not matter. None: quantised, float16 or on "meta"."""
     settings = {name: getattr(base.config, name, None) for name in (
         "hidden_act", "num_attention_heads", "rms_norm_eps", "rope_parameters", "sliding_window")}
     found = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
@@ -819,11 +819,11 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         return self
 
     def current_path(self):
-        """The path to evaluate with: in evaluation mode a copy, blocks cast and table made once,
-        until train(), eval() or a change of a weight (not through `p.data`: call eval() then)."""
+        """The path to evaluate with: in evaluation mode a copy, with blocks cast and table made
+        once. It lasts until train(), eval() or a change of a weight (`p.data` hides changes)."""
         weights = [*self.path.parameters(), self.base.get_input_embeddings().weight]
         if self.training or any(p.is_inference() for p in weights):
-            return self.path                    # (torch counts no changes of inference tensors)
+            return self.path                            # (inference tensors have no count)
         stamp = [(p.data_ptr(), p._version, p.dtype) for p in weights]
         if self.cached is None or self.cached[0] != stamp:
             path = copy.deepcopy(self.path)
@@ -840,8 +840,8 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
             raise ValueError("autocast would round what has to stay float32 (times, noise, the "
                              "state): leave it out, and load the base with dtype=torch.bfloat16")
         lm, caught, thread = self.base.model, [], threading.get_ident()
-        if any(layer.self_attn.training for layer in lm.layers):        # dropout, that is
-            self.base.eval()                            # (not always: it visits every module)
+        if self.base.training:
+            self.base.eval()                            # no dropout
         def catch(module, inputs):
             if threading.get_ident() == thread:         # others may use this model at this moment
                 caught.append(inputs[0])
@@ -997,21 +997,21 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         if kwargs.keys() & {"output_loading_info", "state_dict"}:
             raise ValueError("output_loading_info and state_dict are not possible: all tensors of "
                              "a path must be in its folder, and fit")
-        hub = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
+        path_files = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
-        hub |= {key: kwargs[key] for key in shared if key in kwargs}
-        changes = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
+        path_files |= {key: kwargs[key] for key in shared if key in kwargs}
+        settings = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
         if config is None:
-            config = L2DConfig.from_pretrained(name_or_path, **hub, **changes)
+            config = L2DConfig.from_pretrained(name_or_path, **path_files, **settings)
         else:
-            config = L2DConfig.from_dict(config.to_dict(), **changes)
-        moved = os.path.normpath(os.path.join(name_or_path, config.base_model))
-        if config.base_model and os.path.isdir(moved):
-            config.base_model = moved
+            config = L2DConfig.from_dict(config.to_dict(), **settings)
+        beside = os.path.normpath(os.path.join(name_or_path, config.base_model))
+        if config.base_model and os.path.isdir(beside):         # see save_pretrained
+            config.base_model = beside
         if config.base_checksum is None:
             warnings.warn(f"{name_or_path} holds no checksum of its base, which is not checked")
         model = cls(config, base or load_base(config, **kwargs))
-        file = transformers.utils.cached_file(name_or_path, "model.safetensors", **hub)
+        file = transformers.utils.cached_file(name_or_path, "model.safetensors", **path_files)
         model.load_path(load_file(file))            # safetensors: a format that runs no code
         return model.eval()
 

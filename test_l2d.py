@@ -1152,8 +1152,8 @@ def test_a_pass_has_at_most_so_many_rows_and_at_least_two_states_each(queries):
         queries.clear()
         ids = IDS[:1].expand(B, -1) if B == 16 else IDS[:B]
         output = model(ids, steps=127, logits_to_keep=n)
-        assert max(queries) <= l2d.ROWS
-        many = B * n <= l2d.ROWS // 2
+        assert max(queries) <= l2d.MAX_STATES
+        many = B * n <= l2d.MAX_STATES // 2
         assert (len(queries) == 2 * 126 - 1) == (not many)           # the loop; unguided at the end
         assert 2 * output.passes.max() == len(queries) + (not many)
 

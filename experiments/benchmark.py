@@ -23,7 +23,7 @@ At every position both and the base run in turns, so other work hits them alike.
     token/base        (base + diffusion) / base, from the medians; then the same of the loop
 
 --loop-tokens limits the positions where the loop runs, and with it the times; passes, states and
-held are of all --tokens. A batch of B takes B positions at once. --rows sets l2d.ROWS. --flips
+held are of all --tokens. A batch of B takes B positions at once. --rows sets l2d.MAX_STATES. --flips
 counts the positions whose most likely token is not the loop's, 32 of them in a call. On a CPU, only
 ratios mean something."""
 
@@ -126,7 +126,7 @@ class Measured:
 
     def run(self, path, context, T, base, looped):
         """One batch of positions. looped: time the loop here."""
-        l2d.ROWS = self.rows
+        l2d.MAX_STATES = self.rows
         counted = []
         with path.register_forward_hook(lambda _, inputs, out: counted.append(inputs[0][..., 0])):
             passes = diffuse(path, context, T)[2]
@@ -150,7 +150,7 @@ class Measured:
 
 def compare(model, prefixes, args):
     """A line for each batch size, T and number of rows."""
-    print(f"{'batch':>5}{'T':>5}{'ROWS':>6}{'tokens':>7}{'passes':>9}{'states':>9}{'held':>8}"
+    print(f"{'batch':>5}{'T':>5}{'rows':>6}{'tokens':>7}{'passes':>9}{'states':>9}{'held':>8}"
           f"{'loop/together':>18}{'token/base':>12}{'(loop)':>9}")
     path = model.current_path()
     for B in args.batch:
@@ -165,7 +165,7 @@ def compare(model, prefixes, args):
 
 def flips(model, prefixes, args, size=32):
     """How many of the most likely tokens are not the loop's."""
-    path, l2d.ROWS = model.current_path(), size * l2d.ROWS
+    path, l2d.MAX_STATES = model.current_path(), size * l2d.MAX_STATES
     for T in args.steps:
         n = turned = 0
         for context, _ in batches(model, prefixes, size, args.flips):
@@ -184,7 +184,7 @@ def parse_args():
     add("--context", type=int, default=128, help="tokens before, without --out (default: 128)")
     add("--steps", type=int, nargs="+", default=[3, 15, 127], help="T (default: 3 15 127)")
     add("--batch", type=int, nargs="+", default=[1], metavar="B", help="(default: 1)")
-    add("--rows", type=int, nargs="+", default=[l2d.ROWS], help="(default: %(default)s)")
+    add("--rows", type=int, nargs="+", default=[l2d.MAX_STATES], help="(default: %(default)s)")
     add("--tokens", type=int, default=300, help="positions (default: %(default)s)")
     add("--loop-tokens", type=int, default=100,
         help="positions where the loop runs, too (default: %(default)s)")

@@ -188,7 +188,7 @@ def test_a_position_is_read_with_and_without_padding():
 def test_a_fresh_path_holds_every_draft(rows, passes, monkeypatch):
     """14 of 15 evaluations are the path's; the last pass is filled up to the rows there are left.
     With one row, `diffuse` is the loop."""
-    monkeypatch.setattr(benchmark.l2d, "ROWS", 128)
+    monkeypatch.setattr(benchmark.l2d, "MAX_STATES", 128)
     model = benchmark.L2D(L2DConfig(dim=16, cond_dim=16), base_model()).eval()
     measured = benchmark.Measured(rows)
     for context, base in benchmark.batches(model, [[5, 6, 7], [8, 9]], 1, 2):
@@ -201,7 +201,7 @@ def test_the_benchmark_of_a_trained_path(folder, capsys, monkeypatch):
     data = ["--out", str(folder / "l2d"), "--data", str(folder / "chats.jsonl"), "--steps", "3", "7"]
     for options in (["--batch", "1", "2", "--tokens", "4", "--loop-tokens", "2"], ["--flips", "64"]):
         monkeypatch.setattr(sys, "argv", ["benchmark.py", *data, *options])
-        monkeypatch.setattr(benchmark.l2d, "ROWS", 128)
+        monkeypatch.setattr(benchmark.l2d, "MAX_STATES", 128)
         benchmark.main()
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in printed[2:6]] == [
