@@ -513,7 +513,7 @@ def diffuse(path, context, steps=None, observe=None):
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
     """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. State i,
-    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0): x_0, moved towards each x̂_j found so far
+    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0): x_0 moved towards each x̂_j found before
     (j < i), by amounts that only solver and times decide. To find them, run the solver from x_0 = 0
     with unit vector j as x̂_j: then state i is row i of W. Euler's method with T = 3 has
     W = [[0, 0, 0], [1/2, 0, 0], [0, 1, 0]]."""
