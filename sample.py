@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from l2d import TABLEAUS, diffuse
+from l2d import L2D, TABLEAUS, diffuse
 from support import console
 from support.chats import read_file, render
 
@@ -36,10 +36,10 @@ def parse_args():
     add("--temperature", type=float, default=1.0, help="of choosing a token; 0 is greedy")
     add("--max-new-tokens", type=int, default=256, help="longest answer")
     add("--seed", type=int, default=0, help="of the noise and of sampling")
-    add("--device", help="cuda, mps or cpu; None: the first of these that is there")
+    add("--device", default=console.DEVICE, help="cuda, mps or cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: as in training")
     args = parser.parse_args()
-    console.check_numbers(parser, vars(args), ["max_new_tokens"], ["temperature"])
+    console.check_numbers(parser, args, "temperature", "guidance")
     if args.prompt and not all(map(str.strip, args.prompt)):
         parser.error("--prompt is empty")
     return args
@@ -62,8 +62,8 @@ class Session:
         folder = args.out or console.last_run("config.json", containing='"model_type": "l2d"')
         self.args, self.counts, self.seconds = args, [], 0.0
         names = ("steps", "solver", "guidance", "t_start", "dtype")
-        self.model = console.load_model(folder, **{name: getattr(args, name) for name in names})
-        self.model.to(console.pick_device(args.device)).register_forward_hook(
+        self.model = console.load(L2D, folder, **{name: getattr(args, name) for name in names})
+        self.model.to(args.device).register_forward_hook(
             lambda _, inputs, out: self.counts.append(torch.cat([out.evaluations, out.passes], 1)))
         self.tokenizer = console.load_tokenizer(folder, self.model.base.config.vocab_size)
         names, self.which = self.model.config.class_names, {}

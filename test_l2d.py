@@ -46,7 +46,7 @@ import train as train_script
 from l2d import (L2D, TABLEAUS, DiffusionPath, DiffusionVocabulary, L2DConfig,
                  check_steps, diffuse, end_time, estimate, normal, solve_adaptive, solve_fixed,
                  uniform)
-from support import console, processes, tiny
+from support import chats, console, tiny
 from support.chats import load_data
 
 torch.set_num_threads(1)                # for models this small, threads only wait for each other
@@ -2135,10 +2135,13 @@ def run(script, *args, cwd, code=0):
 
 
 def log(folder):
-    """The lines of a log, without the times, which are others in every run."""
+    """The lines of a log, without the times, which are others in every run. Updates that a kill has
+    undone come twice, and the same."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert all(line.pop("seconds") > 0 and line.pop("tokens_per_s") > 0 for line in lines)
-    return lines
+    last = {(line["step"], "lr" in line): line for line in lines}
+    assert all(last[line["step"], "lr" in line] == line for line in lines)
+    return [last[key] for key in sorted(last)]
 
 
 @pytest.fixture(scope="module")
@@ -2161,9 +2164,8 @@ def trained(tmp_path_factory):
 def test_training_reports_what_it_does(trained):
     folder, output = trained
     assert "chats.jsonl: 63 rows, of which 60 are learnt, in 60 turns" in output
-    assert "rows left out: not a JSON object: 1" in output
     assert "rows left out: no assistant turn to learn: 1" in output
-    assert "rows left out: no messages with role and content" in output
+    assert "rows left out: no JSON object with messages of a role and a content, or " in output
     assert "rows with a column 'kind' that is not used: 60" in output
     lines = log(folder / "whole")
     updates = [line for line in lines if "loss" in line]
@@ -2187,30 +2189,30 @@ def test_each_validation_shows_three_answers(trained):
     for shown, example in zip(first, map(data.__getitem__, range(3)), strict=True):
         begin, ids = example["answer"], example["input_ids"]
         made = base.generate(torch.tensor([ids[:begin]]), do_sample=False,
-                             max_new_tokens=len(ids) - begin,
-                             eos_token_id=tokenizer.eos_token_id)[0, begin:]
-        assert shown == {"question": tokenizer.decode(ids[:begin], skip_special_tokens=True),
-                         "right": tokenizer.decode(ids[begin:-1]),
-                         "answer": tokenizer.decode(made, skip_special_tokens=True)}
-        assert f"> {shown['question']}    (right: {shown['right']})" in output
+                             max_new_tokens=48)[0, begin:]
+        question = tokenizer.decode(ids[:begin], skip_special_tokens=True)
+        made = tokenizer.decode(made, skip_special_tokens=True)
+        expected = f"> {question} -> {made} (right: {tokenizer.decode(ids[begin:-1])})"
+        assert shown == " ".join(expected.split()) and shown in output
     assert [len(answers) for answers in others] == [3, 3]
 
 
-TRAINING = dict(batch_size=3, micro_batch_size=2, seed=0, clip=0.05, lr=0.5, min_lr=0.1,
-                warmup_steps=2, max_steps=5)
+TRAINING = dict(batch_size=3, micro_batch_size=2, seed=0, lr=0.5, min_lr=0.1, warmup_steps=2,
+                max_steps=22)
 
 
 def test_an_update_is_clipped_and_goes_as_far_as_the_learning_rate_of_its_step():
     model, args = tiny_l2d(), SimpleNamespace(**TRAINING)
+    model.base.lm_head.weight.mul_(100)                  # so that gradients are longer than 1
     data = [{"input_ids": [n, 5, 6, 7, 8], "answer": 2, "label": None} for n in range(4)]
     parameters = list(model.path.parameters())
     optimizer = torch.optim.SGD(parameters, lr=9.0)      # its steps are as long as the gradient
-    for step, lr in enumerate((0.25, 0.5, 0.5, 0.3, 0.1)):
+    for step, lr in ((0, 0.25), (1, 0.5), (2, 0.5), (21, 0.1)):
         before = [p.detach().clone() for p in parameters]
         line = train_script.update(step, model, optimizer, data, args)
         squares = [(p - q).double().pow(2).sum() for p, q in zip(parameters, before)]
-        assert line["grad_norm"] > args.clip and line["lr"] == pytest.approx(lr)
-        assert sum(squares).sqrt().item() == pytest.approx(lr * args.clip, rel=1e-2)
+        assert line["grad_norm"] > 1 and line["lr"] == pytest.approx(lr)
+        assert sum(squares).sqrt().item() == pytest.approx(lr, rel=1e-2)
 
 
 def test_every_epoch_has_each_example_once_in_an_order_and_with_noise_of_its_own(monkeypatch):
@@ -2239,8 +2241,8 @@ def smoltalk_like(rng):
 def test_nine_tenths_of_the_work_are_useful(monkeypatch, world, before):
     """Work as a GPU has it: the base costs 1 for each token, the path 2.2 for each token of the answer, padding included,
     and all processes wait for the slowest. `before`: what [rank::world] of a sorted batch, 4 at a time, stays under."""
-    monkeypatch.setattr(train_script.processes, "world", lambda: world)
-    monkeypatch.setattr(train_script, "collate", lambda pairs, model: pairs)
+    monkeypatch.setattr(console, "world", lambda: world)
+    monkeypatch.setattr(chats, "collate", lambda pairs, model: pairs)
     args = SimpleNamespace(micro_batch_size=4)
     rng, useful, spent, spent_before = random.Random(0), 0, 0, 0
 
@@ -2270,7 +2272,7 @@ def test_the_base_runs_once_for_all_that_validation_wants(monkeypatch):
     model, runs, run_base = tiny_l2d(), [], L2D.run_base
     monkeypatch.setattr(L2D, "run_base", lambda *args: runs.append(1) or run_base(*args))
     example = {"input_ids": [5, 6, 7, 8, 9], "answer": 2, "label": "code"}
-    inputs = train_script.collate([(example, 3), (example | {"input_ids": [5, 6, 7]}, 4)], model)
+    inputs = chats.collate([(example, 3), (example | {"input_ids": [5, 6, 7]}, 4)], model)
     found = train_script.score(model, inputs)
     assert len(runs) == 1 and found["val_loss"].shape == (4,)
     assert torch.equal(found["val_loss"], token_losses(model, **inputs))
@@ -2302,20 +2304,19 @@ def test_too_little_memory_on_a_cpu_is_told_with_what_to_do(error, text):
     assert text in str(stopped.value) and "use a smaller --micro-batch-size" in str(stopped.value)
 
 
-def test_the_trial_of_the_largest_micro_batch_takes_the_place_of_the_optimizer_too(monkeypatch):
-    model, made, empty_like = tiny_l2d().train(), [], torch.empty_like
-    n, seen, forward = model.num_parameters(only_trainable=True), [], model.forward
-    monkeypatch.setattr(torch, "empty_like", lambda p: made.append(p.numel()) or empty_like(p))
+def test_the_trial_is_of_the_largest_micro_batch(monkeypatch):
+    model, seen = tiny_l2d().train(), []
+    forward = model.forward
     monkeypatch.setattr(model, "forward", lambda **inputs: seen.append(inputs) or forward(**inputs))
     train_script.try_largest(model, SimpleNamespace(**TRAINING), 9)
-    assert sum(made) == 2 * n and all(p.grad is None for p in model.path.parameters())
+    assert all(p.grad is None for p in model.path.parameters())
     (labels,) = [inputs["labels"] for inputs in seen]
     assert labels.shape == (2, 9) and (labels != -100).sum() == 2 * 8
 
 
-def test_the_last_run_is_a_whole_one(tmp_path, monkeypatch):
+def test_the_last_run_is_the_newest(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for age, name in enumerate(("new.making", "new", "old")):
+    for age, name in enumerate(("new", "old")):
         Path("out", name).mkdir(parents=True)
         Path("out", name, "config.json").write_text("l2d")
         os.utime(Path("out", name, "config.json"), (0, 9 - age))
@@ -2332,26 +2333,6 @@ def test_a_slash_after_the_output_folder_is_nothing():
 def training():
     """train.py's `train` with the command line in sys.argv."""
     return train_script.train(train_script.parse_args(train_script.make_parser()))
-
-
-def test_interrupts_are_seen_inside_and_do_afterwards_what_they_did_before():
-    """Else the process that called `train`, and its forks, would not hear the next Ctrl-C."""
-    numbers, came = (signal.SIGINT, signal.SIGTERM), []
-    was = [signal.signal(number, lambda *args: came.append(args[0])) for number in numbers]
-    try:
-        own = [signal.getsignal(number) for number in numbers]
-        for number in numbers:
-            with pytest.raises(OSError), processes.interrupts() as stopped:
-                assert not stopped()
-                signal.raise_signal(number)
-                assert stopped()
-                raise OSError
-            assert [signal.getsignal(number) for number in numbers] == own and came == []
-        signal.raise_signal(signal.SIGINT)
-        assert came == [signal.SIGINT]
-    finally:
-        for number, handler in zip(numbers, was):
-            signal.signal(number, handler)
 
 
 def test_weight_decay_is_for_matrices_alone(trained, monkeypatch):

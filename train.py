@@ -15,33 +15,27 @@ import argparse
 import json
 import math
 import os
-import sys
 import time
-import zlib
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from l2d import CHOICES, IGNORE, L2D, L2DConfig, diffuse, diffusion_losses
-from support import chats, console, processes, tiny
-from support.processes import from_first, rank, world
+from l2d import CHOICES, DEFAULTS, IGNORE, L2D, L2DConfig, diffuse, diffusion_losses
+from support import chats, console, tiny
+from support.console import from_first, rank, world
 
 TINY = dict(data=None, label_column="label", max_length=64, sigma=3.0, dim=64, cond_dim=64,
             max_steps=1250, batch_size=128, micro_batch_size=32, lr=4e-3, min_lr=1e-5,
             warmup_steps=50, eval_every=250, save_every=250)     # the defaults without --model
-SETTINGS = ("sigma", "dim", "cond_dim", "path", "lora_rank", "lora_alpha", "timesteps",
-            "base_checksum")
-CHANGEABLE = {"device", "micro_batch_size", "gradient_checkpointing", "lr", "min_lr", "clip",
+CHANGEABLE = {"device", "micro_batch_size", "gradient_checkpointing", "lr", "min_lr",
               "eval_every", "save_every"}                        # by --resume
 
 def make_parser(description=__doc__):
     parser = argparse.ArgumentParser(description=description, formatter_class=console.Help,
                                      epilog=f"Other defaults, without --model: {TINY}")
-    add = parser.add_argument_group("model and data").add_argument
+    add = parser.add_argument_group("model, data and output").add_argument
     add("--model", help="base, a hub name or folder; None: a tiny one is made on the spot")
     add("--data", default="smoltalk", help=".jsonl file or hub data set")
     add("--label-column", help="column with the class of a row: trains classes, for guidance")
@@ -57,7 +51,7 @@ def make_parser(description=__doc__):
     add("--lora-rank", type=int, default=32, help="rank of the updates")
     add("--lora-alpha", type=float, default=32.0, help="updates are scaled by alpha / rank")
     add("--timesteps", choices=CHOICES["timesteps"], default="uniform", help="how t is drawn")
-    add = parser.add_argument_group("optimisation (Table 3)").add_argument
+    add = parser.add_argument_group("training (Table 3)").add_argument
     add("--max-steps", type=int, help="updates; None: as many as --epochs makes")
     add("--epochs", type=float, default=1.0, help="passes over the data, if --max-steps is None")
     add("--batch-size", type=int, default=32, help="examples per update, over all processes")
@@ -65,16 +59,13 @@ def make_parser(description=__doc__):
     add("--lr", type=float, default=1e-4, help="peak learning rate of AdamW")
     add("--min-lr", type=float, default=1e-6, help="learning rate at the end of the linear decay")
     add("--warmup-steps", type=int, help="linear warm-up; None: 100, a tenth of all at most")
-    add("--weight-decay", type=float, default=0.01, help="of matrices")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--seed", type=int, default=0, help="of the new path, the data's order and the noise")
-    add = parser.add_argument_group("running").add_argument
-    add("--device", help="cuda, mps or cpu; None: the first of these that is there")
+    add("--device", default=console.DEVICE, help="cuda, mps or cpu")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base; None: bfloat16 on cuda")
     add("--gradient-checkpointing", action="store_true", help="less memory: blocks run twice")
     add("--eval-every", type=int, default=1000, help="updates between validations")
-    add("--save-every", type=int, default=500, help="updates between checkpoints")
-    parser.set_defaults(base_checksum=None, data_checksum=None)      # no options
+    add("--save-every", type=int, default=100, help="updates between checkpoints")
+    parser.set_defaults(base_checksum=None, data_sums=None)          # no options
     return parser
 
 def parse_args(parser):
@@ -90,53 +81,26 @@ def parse_args(parser):
     changed = {name for name in saved if getattr(args, name) != saved[name]} - CHANGEABLE
     if changed:
         parser.error(f"--resume keeps the run's own {', '.join(sorted(changed))}: leave it out")
-    console.check_numbers(
-        parser, vars(args), from_0=("validation", "min_lr", "warmup_steps", "weight_decay"),
-        above_0=("batch_size", "micro_batch_size", "max_length", "max_steps", "epochs", "lr",
-                 "clip", "eval_every", "save_every"))
+    console.check_numbers(parser, args, "validation", "min_lr", "warmup_steps")
     return args
 
 def make_path(args, base, class_names):
     torch.manual_seed(args.seed)
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: value for name, value in vars(args).items() if name in DEFAULTS}
     model = L2D(L2DConfig(base_model=args.model, class_names=class_names, **settings), base).train()
     model.path.gradient_checkpointing = args.gradient_checkpointing
     args.base_checksum = model.config.base_checksum      # --resume asks for the very same weights
     return model
 
-def build(args, make_model):
-    """(model, tokenizer, training examples, held-out examples). Whatever may be wrong with options,
-    base and memory shows before the chats are read, which may take long."""
-    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
-    base = console.load_base(args.model, dtype=getattr(torch, dtype)).to(args.device)
-    tokenizer = console.load_tokenizer(args.model, base.config.vocab_size)
-    max_length = min(args.max_length, base.config.max_position_embeddings)
-    model = make_model(args, base, ())
-    try_largest(model, args, max_length)
-    data, held_out = chats.load_data(args.data, tokenizer, max_length, args.label_column,
-                                     args.validation)
-    found = zlib.crc32(json.dumps([data["length"][:], data["answer"][:]]).encode())
-    if args.data_checksum not in (None, found):
-        raise ValueError(f"{args.data} has changed since the run began: put it back, or start anew")
-    args.data_checksum = found
-    class_names = sorted({*data["label"][:]} - {None})
-    if class_names and isinstance(model, L2D):
-        model = make_model(args, base, class_names)
-    return model, tokenizer, data, held_out
-
 def try_largest(model, args, max_length):
-    """A pass over the largest micro-batch there can be: if it does not fit into memory, that shows
-    now. AdamW's state, two numbers for each parameter, has its place set aside meanwhile."""
-    state = [torch.empty_like(p) for p in model.path.parameters() for _ in range(2)]
+    """A pass over the largest micro-batch there can be: a lack of memory shows now."""
     example = {"input_ids": [0] * max_length, "answer": 1, "label": None}
     pairs = [(example, seed) for seed in range(min(args.micro_batch_size, args.batch_size))]
-    model(**collate(pairs, model), num_items_in_batch=1).loss.backward()
+    model(**chats.collate(pairs, model), num_items_in_batch=1).loss.backward()
     model.zero_grad()
-    del state
 
 def cost(pairs):
-    """About what a micro-batch of (example, seed) pairs costs, its padding included: a token of an
-    answer costs 3 times one of a prompt."""
+    """About what a micro-batch costs, with its padding: a token of an answer 3, of a prompt 1."""
     lengths = [len(example["input_ids"]) for example, _ in pairs]
     answers = [n - example["answer"] for n, (example, _) in zip(lengths, pairs)]
     return len(pairs) * (max(lengths) + 2 * max(answers))
@@ -145,37 +109,17 @@ def micro_batches(batch, args, model):
     """This process' share of (example, seed) pairs as the model's inputs, some of similar lengths
     at a time: fewer where padding would be more than a tenth of the cost."""
     parts = [[]]
-    for pair in processes.shares(batch, lambda pair: cost([pair]))[rank()]:
+    for pair in console.shares(batch, lambda pair: cost([pair]))[rank()]:
         longer = [*parts[-1], pair]
         fits = cost(longer) <= 1.1 * sum(cost([pair]) for pair in longer)
         fits = fits and len(longer) <= args.micro_batch_size
         parts[-1:] = [longer] if fits else [parts[-1], [pair]]
-    for pairs in parts:
-        yield collate(pairs, model)
-
-def collate(pairs, model):
-    """(example, seed) pairs, padded on the right, as the model's inputs."""
-    examples, seeds = zip(*pairs)
-    ids = pad_sequence([torch.tensor(e["input_ids"]) for e in examples], batch_first=True)
-    if model.device.type == "cuda":                      # attention copies masks of other widths
-        ids = F.pad(ids, (0, -ids.shape[1] % 16))
-    lengths = torch.tensor([[len(e["input_ids"])] for e in examples])
-    answers, place = torch.tensor([[e["answer"]] for e in examples]), torch.arange(ids.shape[1])
-    inputs = dict(input_ids=ids, attention_mask=(place < lengths).long(), seeds=torch.tensor(seeds),
-                  labels=ids.masked_fill((place < answers) | (place >= lengths), IGNORE))
-    if names := model.config.class_names:                # the last number: none of these
-        found = [[*names, e["label"]].index(e["label"]) for e in examples]
-        inputs["class_ids"] = torch.tensor(found)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return [chats.collate(pairs, model) for pairs in parts]
 
 def update(step, model, optimizer, data, args):
     """One update by the mean loss over the answer tokens of a batch; returns its line of the log.
     Its examples and noise follow from (seed, step) alone, whatever was done before."""
-    batch = []
-    for place in range(step * args.batch_size, (step + 1) * args.batch_size):
-        epoch, i = divmod(place, len(data))
-        order = chats.permutation(len(data), args.seed + 7919 * epoch)
-        batch.append((data[order[i]], (args.seed << 40) + place))
+    batch = chats.batch(data, step, args.batch_size, args.seed)
     tokens = sum(len(e["input_ids"]) for e, _ in batch)
     answers = tokens - sum(e["answer"] for e, _ in batch)
     loss, parameters = torch.zeros((), device=model.device), list(model.path.parameters())
@@ -184,8 +128,8 @@ def update(step, model, optimizer, data, args):
         part.backward()
         loss += part.detach()
     for tensor in (loss, *(p.grad for p in parameters)):
-        processes.total(tensor)
-    loss, norm = loss.item(), torch.nn.utils.clip_grad_norm_(parameters, args.clip).item()
+        console.total(tensor)
+    loss, norm = loss.item(), torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(f"loss {loss}, gradient norm {norm} at step {step + 1}: go on "
                                  f"from the last checkpoint with --resume --lr {args.lr / 2:g}")
@@ -198,10 +142,10 @@ def update(step, model, optimizer, data, args):
 
 def learning_rate(step, args):
     """Linear warm-up to --lr, then linear decay to --min-lr at the last step."""
-    if step < args.warmup_steps:
-        return args.lr * (step + 1) / args.warmup_steps
-    done = (step - args.warmup_steps) / max(1, args.max_steps - 1 - args.warmup_steps)
-    return args.lr + done * (args.min_lr - args.lr)
+    warmup = min(100, args.max_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    done = (step - warmup) / max(1, args.max_steps - 1 - warmup)
+    warm = args.lr * (step + 1) / max(1, warmup)
+    return min(warm, args.lr + done * (args.min_lr - args.lr))
 
 @torch.no_grad()
 def score(model, inputs):
@@ -215,15 +159,12 @@ def score(model, inputs):
     return figures
 
 def answer(model, example, tokenizer):
-    """The end of an example's prompt, the right answer, and the model's: 48 tokens at most."""
-    ids, begin, end = example["input_ids"], example["answer"], tokenizer.eos_token_id
-    inputs = collate([(example | {"input_ids": ids[:begin]}, 0)], model)
-    del inputs["labels"]
-    made = model.generate(**inputs, do_sample=False, max_new_tokens=min(48, len(ids) - begin),
-                          eos_token_id=end, pad_token_id=end)[0]
-    texts = [ids[max(0, begin - 48):begin], ids[begin:begin + 48], made[begin:].tolist()]
-    texts = tokenizer.batch_decode(texts, skip_special_tokens=True)
-    return dict(zip(("question", "right", "answer"), texts))
+    """The end of an example's prompt, the model's answer to it, and the right one."""
+    ids, begin = torch.tensor([example["input_ids"]], device=model.device), example["answer"]
+    new = model.generate(ids[:, :begin], seeds=[0], do_sample=False, max_new_tokens=48)
+    parts = [ids[0, :begin][-48:], new[0, begin:], ids[0, begin:][:48]]
+    question, answer, right = tokenizer.batch_decode(parts, skip_special_tokens=True)
+    return console.one_line(f"> {question} -> {answer} (right: {right})")
 
 @torch.no_grad()
 def validate(model, data, args, tokenizer, score):
@@ -234,23 +175,22 @@ def validate(model, data, args, tokenizer, score):
     found = [score(model, inputs) for inputs in batches]
     answers = [answer(model, data[i], tokenizer) for i in range(min(3, len(data)))]
     model.train()
-    means = {name: processes.mean(torch.cat([part[name] for part in found])) for name in found[0]}
+    means = {name: console.mean(torch.cat([part[name] for part in found])) for name in found[0]}
     return {"examples": len(data)} | means | {"answers": answers}
 
 def save_checkpoint(step, model, optimizer, args):
     """All that continues the run after `step` updates, in one file that replaces the last one."""
-    log_size = os.path.getsize(f"{args.out}/log.jsonl")
-    tensors = {"step": torch.tensor(step), "log_size": torch.tensor(log_size)}
+    tensors = {"step": torch.tensor(step)}
     for name, p in model.path.named_parameters():
         state = {"path": p, **optimizer.state[p]}
         tensors |= {f"{key}.{name}": tensor for key, tensor in state.items()}
     console.save_tensors(tensors, Path(args.out, "checkpoint.safetensors"))
 
 def load_checkpoint(args, model, optimizer):
-    """Put the last checkpoint into model and optimizer: (updates done, size of the log then)."""
+    """Put the last checkpoint into model and optimizer. Returns how many updates are done."""
     file = Path(args.out, "checkpoint.safetensors")
     if not file.exists():
-        return 0, 0
+        return 0
     with console.loading("checkpoint", f"{file} (delete it to begin anew)"):
         tensors = console.load_tensors(file)
         model.load_path({name[5:]: t for name, t in tensors.items() if name.startswith("path.")})
@@ -258,12 +198,10 @@ def load_checkpoint(args, model, optimizer):
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 device = "cpu" if key == "step" else p.device        # AdamW counts on the CPU
                 optimizer.state[p][key] = tensors[f"{key}.{name}"].to(device)
-        return tensors["step"].item(), tensors["log_size"].item()
+        return tensors["step"].item()
 
 def finish(model, args, kind):
-    """The trained model and a card, moved into place. Weights move last: then all is there."""
-    out, making = Path(args.out), Path(f"{args.out}.making")
-    model.save_pretrained(making)
+    """The trained model, and a card that says what it is."""
     card = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": [kind],
             "license": "other", "license_name": "as-the-base-and-the-data-allow"}
     if not os.path.isdir(args.model):
@@ -272,91 +210,91 @@ def finish(model, args, kind):
     if not os.path.exists(args.data):
         name = args.data.split(":")[0]
         card["datasets"] = ["HuggingFaceTB/smoltalk" if name == "smoltalk" else name]
-    settings = {name: getattr(args, name) for name in (*SETTINGS, "max_steps", "batch_size", "lr")}
-    log = [json.loads(line) for line in open(out / "log.jsonl") if "val_loss" in line]
-    found = {name: value for line in log for name, value in line.items() if name != "answers"}
-    (making / "README.md").write_text(
-        f"---\n{json.dumps(card)}\n---\n# {kind} on {Path(args.model).name}\n\n"
-        f"Settings: {settings}\n\nLast validation: {found}\n", encoding="utf-8")
-    for file in sorted(making.iterdir(), key=lambda file: file.suffix == ".safetensors"):
-        os.replace(file, out / file.name)
-    making.rmdir()
+    settings = {name: value for name, value in vars(args).items() if name in (*DEFAULTS, "lr")}
+    text = f"---\n{json.dumps(card)}\n---\n# {kind} on {Path(args.model).name}\n\n{settings}\n"
+    Path(args.out, "README.md").write_text(text, encoding="utf-8")
+    model.save_pretrained(args.out)
 
 def train(args, make_model=make_path, kind="l2d", score=score):
     """Train what make_model(args, base, class_names) makes, a `kind` of model, and save it. Returns
-    args, filled in. SystemExit 130: after Ctrl-C. ValueError: options that do not fit."""
-    args.device = console.pick_device(args.device)
+    args, filled in. ValueError: options that do not fit."""
     args.model = args.model or tiny.base_folder(args.seed)
     args.data = args.data or f"{args.model}/train.jsonl"
     args.out = args.out or f"out/{os.path.basename(os.path.normpath(args.model))}-{kind}"
-    with ExitStack() as stack:
-        from_first(lambda: stack.enter_context(console.claimed(args.out)))
+    with console.claimed(args.out) if rank() == 0 else nullcontext():
         if os.path.exists(f"{args.out}/args.json") and not args.resume:
             raise ValueError(f"{args.out} already holds a run: --resume, or name another --out")
         if args.batch_size < world():
             raise ValueError(f"--batch-size {args.batch_size} is less than {world()} processes")
         if args.model == tiny.base_folder(args.seed):
             from_first(lambda: tiny.prepare(args.seed))
-        run(args, *build(args, make_model), kind, score)
+        model, tokenizer, data, held_out = build(args, make_model)
+        args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / args.batch_size)
+        run(model, tokenizer, data, held_out, args, score)
+        from_first(lambda: finish(model, args, kind))
     return args
 
-def run(args, model, tokenizer, data, held_out, kind, score):
-    """Train the model from the checkpoint on, and save it."""
-    args.max_steps = args.max_steps or math.ceil(args.epochs * len(data) / args.batch_size)
-    if args.warmup_steps is None:
-        args.warmup_steps = min(100, args.max_steps // 10)
+def build(args, make_model):
+    """(model, tokenizer, training examples, held-out examples). Whatever may be wrong with options,
+    base and memory shows before the chats are read, which may take long."""
+    dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    base = console.load_base(args.model, dtype=getattr(torch, dtype)).to(args.device)
+    tokenizer = console.load_tokenizer(args.model, base.config.vocab_size)
+    max_length = min(args.max_length, base.config.max_position_embeddings)
+    model = make_model(args, base, ())
+    try_largest(model, args, max_length)
+    data, held_out = chats.load_data(args.data, tokenizer, max_length, args.label_column,
+                                     args.validation)
+    found = [len(data), sum(data["length"]), sum(data["answer"])]
+    if args.data_sums not in (None, found):
+        raise ValueError(f"{args.data} has changed since the run began: put it back, or start anew")
+    args.data_sums = found
+    class_names = sorted({*data["label"][:]} - {None})
+    if class_names and isinstance(model, L2D):
+        model = make_model(args, base, class_names)
+    return model, tokenizer, data, held_out
+
+def run(model, tokenizer, data, held_out, args, score):
+    """All updates, from the last checkpoint on."""
     parameters = list(model.path.parameters())
     for p in parameters:                                 # the first process' path, for all: GPUs
-        processes.total(p.data.mul_(rank() == 0))        # of two kinds may draw different numbers
-    decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay}
+        console.total(p.data.mul_(rank() == 0))          # of two kinds may draw different numbers
+    decay = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01}
     no_decay = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
     optimizer = torch.optim.AdamW([decay, no_decay], betas=(0.9, 0.95))
-    step, log_size = load_checkpoint(args, model, optimizer)
+    step = load_checkpoint(args, model, optimizer)
     print(f"{sum(p.numel() for p in parameters):,} trained parameters; {len(data):,} examples, "
           f"{len(held_out):,} held out; {args.max_steps:,} steps of {args.batch_size} on "
           f"{world()} x {args.device}; writing to {args.out}/")
-    from_first(lambda: console.prepare_out(args, tokenizer, log_size))
-    step = loop(step, model, optimizer, data, held_out, tokenizer, args, score)
-    if step < args.max_steps:
-        print(f"stopped after {step:,} steps; continue with --resume --out {args.out}")
-        sys.exit(130)
-    from_first(lambda: finish(model, args, kind))
-
-def loop(step, model, optimizer, data, held_out, tokenizer, args, score):
-    """Updates from `step` on, to the last or until interrupted. Returns how many are done."""
+    from_first(lambda: console.prepare_out(args, tokenizer))
     bar = tqdm(total=args.max_steps, initial=step, desc="training", disable=rank() > 0)
     log = open(f"{args.out}/log.jsonl" if rank() == 0 else os.devnull, "a", buffering=1)
-    validated, stop = sum(held_out["length"]), False
-
     def due(every):
         return step % every == 0 or step >= args.max_steps
-
-    def note(line, tokens):
+    def note(line, tokens, start):
         seconds = time.perf_counter() - start
         line |= dict(epoch=step * args.batch_size / len(data), seconds=seconds,
                      tokens_per_s=tokens / seconds, gpu_gb=torch.cuda.max_memory_allocated() / 1e9)
         print(json.dumps(line), file=log)
         return line
-    with bar, log, processes.interrupts() as stopped:
+    with bar, log:
         while True:
             start = time.perf_counter()
             if due(args.eval_every) and len(held_out) >= world():
                 line = {"step": step} | validate(model, held_out, args, tokenizer, score)
-                bar.write(console.summary(note(line, validated)))
-            if stop or step >= args.max_steps:
-                return step
+                bar.write(console.summary(note(line, sum(held_out["length"]), start)))
+            if step >= args.max_steps:
+                return
             start = time.perf_counter()
             line = update(step, model, optimizer, data, args)
             step += 1
-            note(line, line["tokens"])
-            bar.set_postfix(loss=line["loss"], refresh=False)
+            bar.set_postfix(loss=note(line, line["tokens"], start)["loss"], refresh=False)
             bar.update()
-            stop = stopped()
             # Before the validation, which may fail: --resume begins with it.
-            if stop or due(args.save_every) or due(args.eval_every):
+            if due(args.save_every) or due(args.eval_every):
                 from_first(lambda: save_checkpoint(step, model, optimizer, args))
 
 if __name__ == "__main__":
-    with console.console("train.py"), processes.processes():
+    with console.console("train.py", "stopped; --resume goes on from the last checkpoint"):
         args = train(parse_args(make_parser()))
         print(f"saved in {args.out}/; now: python sample.py --steps 127 --out {args.out}")

@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 import l2d
 from l2d import L2D, L2DConfig, check_steps, diffuse
 from support.chats import encode, read_file
-from support.console import check_numbers, console, load_model, load_tokenizer, pick_device
+from support.console import check_numbers, console, load, load_tokenizer
 
 BASE = LlamaConfig(                                      # where there is no trained path
     vocab_size=32_000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
@@ -197,8 +197,7 @@ def parse_args():
         parser.error("--data needs --out: a fresh path has random tokens")
     if args.flips and args.dtype == "bfloat16":
         parser.error("--flips is in float32: leave out --dtype")
-    check_numbers(parser, vars(args), ("context", "batch", "rows", "tokens", "loop_tokens",
-                                       "threads"), ["flips"])
+    check_numbers(parser, args, "flips")
     for T in args.steps:
         check_steps("midpoint", T)                       # ValueError before the measurements
     return args
@@ -209,10 +208,10 @@ def main():
     dtype = getattr(torch, "float32" if args.flips else args.dtype or "float32")
     if args.out:
         kept = {"dtype": dtype} if args.flips or args.dtype else {}
-        model = load_model(args.out, **kept).to(pick_device(args.device))
+        model = load(l2d.L2D, args.out, **kept).to(args.device)
         prefixes = answer_prefixes(model, args)
     else:
-        model = fresh(pick_device(args.device), dtype)
+        model = fresh(args.device, dtype)
         prefixes = random_prefixes(model, args)
     print(f"{args.out or 'a fresh path'}, {model.base.dtype}, {model.device}, {args.threads} "
           f"thread(s), torch {torch.__version__}; {len(prefixes):,} positions")

@@ -174,7 +174,7 @@ def parse_args():
     add("--class-names", nargs="+", metavar="CLASS", help="its guidance_categories, in their order "
         '(default: "class 0", "class 1", ...)')
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=("sigma", "lora_alpha"))
+    check_numbers(parser, args)
     source = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
     if Path(args.out).resolve() in (source.resolve(), Path(args.base).resolve()):
         parser.error(f"--out {args.out} holds the checkpoint or the base, and would overwrite it; "

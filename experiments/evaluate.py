@@ -42,8 +42,8 @@ from transformers import GenerationConfig
 from experiments.results import Bench, append_line, interval, is_path
 from l2d import CHOICES, L2D, TABLEAUS, check_steps
 from support.chats import DATE, read_file
-from support.console import (check_numbers, console, last_run, load_base, load_model,
-                             load_tokenizer, pick_device)
+from support.console import (DEVICE, check_numbers, console, last_run, load, load_base,
+                             load_tokenizer)
 from support.tiny import KINDS, LABELS
 
 TIMES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # tried for the single evaluation
@@ -224,7 +224,7 @@ def load_lm(folder, how, device, dtype, batch_size):
     without chat template."""
     dtype = getattr(torch, dtype) if dtype else "auto"
     if is_path(folder):                                  # each measurement has a T of its own
-        model = load_model(folder, steps=1, dtype=dtype, **how)
+        model = load(L2D, folder, steps=1, dtype=dtype, **how)
     else:
         model = load_base(folder, dtype=dtype)
     tokens = {name: getattr(model.generation_config, name)
@@ -233,7 +233,7 @@ def load_lm(folder, how, device, dtype, batch_size):
     model.generation_config = GenerationConfig(**tokens, disable_compile=True)
     tokenizer = load_tokenizer(folder)
     return import_harness().models.huggingface.HFLM(
-        pretrained=model.to(pick_device(device)), tokenizer=tokenizer, backend="causal",
+        pretrained=model.to(device), tokenizer=tokenizer, backend="causal",
         batch_size=batch_size, chat_template_args={"date_string": DATE})
 
 def measure(lm, loaded, decoding, settings):
@@ -287,7 +287,7 @@ def report_task(line):
               "--shots or --max-new-tokens")
 
 def run(folders, tasks, steps, shots=5, limit=None, seed=0, batch_size=8, max_new_tokens=None,
-        device=None, dtype=None, run_generated_code=False, **how):
+        device=DEVICE, dtype=None, run_generated_code=False, **how):
     """All tasks for every model and T: the results, which are also printed and appended to
     benchmarks.jsonl. how: settings of a path. ImportError, OSError, ValueError: a package, a file,
     a row or a setting that is not there or not as it should be."""
@@ -344,14 +344,13 @@ def parse_args():
     add("--limit", type=int, help="the first so many questions of each task (default: all)")
     add("--batch-size", type=int, default=8, help="(default: %(default)s)")
     add("--max-new-tokens", type=int, help="(default: the task's own, or 256)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", default=DEVICE, help="(default: %(default)s)")
     add("--dtype", choices=("bfloat16", "float32"), help="(default: that of the folder)")
     add("--run-generated-code", action="store_true",
         help="let HumanEval and MBPP run the model's code here")
     args = parser.parse_args()
     args.steps = args.steps or ([1, 15] if args.tasks else [1, 3, 7, 15, 31])
-    check_numbers(parser, vars(args), from_0=("guidance", "shots"),
-                  above_0=("tolerances", "beams", "limit", "batch_size", "max_new_tokens"))
+    check_numbers(parser, args, "guidance", "shots", "t_start")
     if args.tasks is not None and not args.tasks.strip(", "):
         parser.error(f"--tasks {args.tasks!r} names none; gsm8k, say")
     idle, where = (ONLY_QUESTIONS, "with") if args.tasks else (ONLY_TASKS, "without")

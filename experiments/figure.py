@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from l2d import diffuse
+from l2d import L2D, diffuse
 from support.chats import render
-from support.console import check_numbers, console, last_run, load_model, load_tokenizer
+from support.console import check_numbers, console, last_run, load, load_tokenizer
 
 FILE = "experiments/figures/token.png"
 
@@ -67,9 +67,9 @@ def main():
     add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     add("--file", default=FILE, help="(default: %(default)s)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args))
+    check_numbers(parser, args)
     folder = args.out or last_run("config.json", containing='"model_type": "l2d"')
-    model = load_model(folder, steps=args.steps)
+    model = load(L2D, folder, steps=args.steps)
     tokenizer = load_tokenizer(folder, model.base.config.vocab_size)
     text = render(tokenizer, [{"role": "user", "content": args.prompt}]) + args.answer
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]

@@ -18,7 +18,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from l2d import IGNORE, LoRALinear
 from support.console import console
-from support.processes import processes
 from train import make_parser, parse_args, train
 
 class Adapted(nn.Module):
@@ -154,5 +153,5 @@ def main():
     print(f"saved in {args.out}/; now: python train.py --model {args.out}")
 
 if __name__ == "__main__":
-    with console("finetune.py"), processes():
+    with console("finetune.py"):
         main()

@@ -418,7 +418,7 @@ def main():
     add("--questions", type=int, default=500,
         help="for each number of links (default: %(default)s)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=["updates", "questions"])
+    check_numbers(parser, args)
     torch.set_num_threads(1)
     run(args)
 

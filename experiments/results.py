@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessor
 
 from l2d import L2D, gumbel
 from support.chats import render
-from support.console import load, load_model, load_tokenizer
+from support.console import load, load_tokenizer
 from support.tiny import KINDS, questions
 
 # What a measurement does not set itself, so that no setting of one reaches the next.
@@ -137,7 +137,7 @@ class Bench:
     def loaded(self):
         """(model, tokenizer); settings change the model's own configuration."""
         if self.is_l2d:
-            model = load_model(self.folder)
+            model = load(L2D, self.folder)
         else:
             model = load(AutoModelForCausalLM, self.folder).eval()
         return model, load_tokenizer(self.folder, model.get_input_embeddings().num_embeddings)

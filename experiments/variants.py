@@ -15,7 +15,6 @@ from transformers import DynamicCache
 
 from l2d import L2DOutput, diffusion_losses, gumbel, uniform
 from support.console import console
-from support.processes import processes
 from train import make_parser, make_path, parse_args, train
 
 PROPOSAL, SHARE = 5, 6                                   # uses of random numbers, after l2d.py's
@@ -82,5 +81,5 @@ def main():
     print(f"saved in {args.out}/; now: python sample.py --steps 127 --out {args.out}")
 
 if __name__ == "__main__":
-    with console("variants.py"), processes():
+    with console("variants.py"):
         main()

@@ -12,9 +12,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 
-from support.console import loading, one_line
-from support.processes import from_first, world
+from l2d import IGNORE
+from support.console import from_first, loading, one_line, world
 
 SMOLTALK = {"self-oss-instruct": "coding", "metamathqa-50k": "math", "numina-cot-100k": "math",
             "openhermes-100k": "general", "smol-magpie-ultra": None}
@@ -26,17 +27,10 @@ ANSWER = ("response", "answer", "completion", "output")
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 COLUMNS = {"input_ids": "int32", "answer": "int32", "length": "int32", "label": "string",
            "row": "int64", "notes": "string"}
-NO_CHAT = "no messages with role and content, or question and answer"
+NO_CHAT = "no JSON object with messages of a role and a content, or question and answer"
 LINE = "line of a file"                                  # the only column of a file's rows
 CHUNK = 1000                                             # rows that are encoded together
 DATE = "26 Jul 2024"                                     # for templates that ask for today's
-
-def parse(text):
-    """The value of a text in JSON, or the text itself."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
 
 def json_rows(file, stamp=None):
     """The rows of a .jsonl file, still in JSON. Those of another stamp have another cache."""
@@ -45,8 +39,7 @@ def json_rows(file, stamp=None):
             yield {LINE: line}
 
 def read_file(file):
-    """The rows of a .jsonl file; one that is not JSON stays a text."""
-    return [parse(row[LINE]) for row in json_rows(file)]
+    return [json.loads(row[LINE]) for row in json_rows(file)]
 
 def digest(file):
     return hashlib.blake2b(np.memmap(file, mode="r")).hexdigest()
@@ -102,16 +95,12 @@ def take(row, *names):
     return next((row.pop(name) for name in names if name in row), None)
 
 def read_chat(row, label_column, notes):
-    """(messages, which of them are learnt, label) of a row. ValueError, LookupError, TypeError or
-    AttributeError: it is no chat."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
+    """(messages, which of them are learnt, label) of a row, or of its JSON."""
+    row = json.loads(row) if isinstance(row, str) else row
     row = {name: value for name, value in row.items() if value not in (None, "", [])}
     if "tools" in row:
         raise ValueError("tools are not supported")
     label, messages = row.pop(label_column, None), take(row, *MESSAGES)
-    if isinstance(label, (dict, list)):
-        raise ValueError(f"{label_column}={label!r} is no label, such as a text")
     if messages is None:
         question = filter(None, (take(row, *QUESTION), take(row, "input")))
         messages = [{"role": "user", "content": "\n".join(question) or None},
@@ -126,7 +115,6 @@ def read_chat(row, label_column, notes):
         notes[f"rows with a column {name!r} that is not used"] += 1
     context = sum(message["role"] == "assistant" for message in messages) - sum(learnt)
     notes["turns that are context only (of weight 0, or empty)"] += context
-    str(label).encode()                                  # a UnicodeError: half a character
     return messages, learnt, None if label is None else str(label)
 
 def encode_turn(messages, row, tokenizer, max_length, notes):
@@ -164,8 +152,8 @@ def encode(rows, tokenizer, max_length, label_column=None, first=0):
     for number, row in enumerate(rows, start=first):
         try:
             messages, learnt, label = read_chat(row, label_column, notes)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            why = one_line(error, 200) if isinstance(error, ValueError) else NO_CHAT
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            why = one_line(error, 200) if type(error) is ValueError else NO_CHAT
             notes[f"rows left out: {why}"] += 1
             continue
         for key in set().union(*messages) - {"role", "content", *template}:
@@ -183,8 +171,7 @@ def encode(rows, tokenizer, max_length, label_column=None, first=0):
 
 def encode_batch(batch, numbers, **options):
     """`encode` for Dataset.map; one more row, of length 0, holds the notes."""
-    rows = [dict(zip(batch, values)) for values in zip(*batch.values())]
-    rows = map(parse, batch[LINE]) if LINE in batch else rows
+    rows = batch.get(LINE) or [dict(zip(batch, values)) for values in zip(*batch.values())]
     examples, notes = encode(rows, first=numbers[0], **options)
     last = dict(input_ids=[], answer=0, length=0, label=None, row=-1, notes=json.dumps(notes))
     return {name: [example.get(name) for example in [*examples, last]] for name in COLUMNS}
@@ -204,16 +191,6 @@ def encode_all(rows, tokenizer, **options):
         fn_kwargs={"tokenizer": tokenizer, **options}, num_proc=workers if workers > 1 else None,
         new_fingerprint=Hasher.hash([rows._fingerprint, state, options, digest(__file__)]))
 
-def report(data, n, used, turns, notes):
-    """Print what was read of n rows. ValueError: no row is usable."""
-    print(f"{data}: {n:,} rows, of which {used:,} are learnt, in {turns:,} turns")
-    for note in sorted(+notes):
-        print(f"  {note}: {notes[note]:,}")
-    if not turns:
-        reasons = "; ".join(note for note, _ in notes.most_common() if "left out" in note)
-        raise ValueError(f"no usable row in {data}, of {n:,} rows ({reasons}); `python train.py "
-                         "--help` says what a row is, jq -c '.[]' FILE makes lines of a list")
-
 def load_data(data, tokenizer, max_length=2048, label_column=None, validation=512):
     """(training, held-out) examples of a .jsonl file, a hub data set NAME[:SUBSET[:SPLIT]] or
     "smoltalk", in the order of a permutation of the rows. Held out are `validation`, a tenth of all
@@ -230,7 +207,14 @@ def load_data(data, tokenizer, max_length=2048, label_column=None, validation=51
     for text in found.data.column("notes").take(np.flatnonzero(length == 0)).to_pylist():
         notes.update(json.loads(text))
     chats, n = row[index], min(validation, len(index) // 10)
-    report(data, len(rows), len(np.unique(chats)), len(index), notes)
+    print(f"{data}: {len(rows):,} rows, of which {len(np.unique(chats)):,} are learnt, in "
+          f"{len(index):,} turns")
+    for note in sorted(+notes):
+        print(f"  {note}: {notes[note]:,}")
+    if not len(index):
+        reasons = "; ".join(note for note, _ in notes.most_common() if "left out" in note)
+        raise ValueError(f"no usable row in {data} ({reasons}); `python train.py --help` says what "
+                         "a row is, jq -c '.[]' FILE makes lines of a list")
     examples = found.remove_columns("notes").select(index)
     if label_column and not any(examples["label"]):
         raise ValueError(f"no row of {data} has a label in {label_column!r}")
@@ -241,3 +225,23 @@ def load_data(data, tokenizer, max_length=2048, label_column=None, validation=51
 def permutation(n, seed):
     """0..n-1 in an order that depends on the seed alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+def batch(data, step, size, seed):
+    """The examples of an update, each with the seed of its noise."""
+    def example(place):
+        epoch, i = divmod(place, len(data))
+        return data[permutation(len(data), seed + 7919 * epoch)[i]]
+    return [(example(n), (seed << 40) + n) for n in range(step * size, (step + 1) * size)]
+
+def collate(pairs, model):
+    """(example, seed) pairs, padded on the right, as the model's inputs."""
+    examples, seeds = zip(*pairs)
+    ids = pad_sequence([torch.tensor(e["input_ids"]) for e in examples], batch_first=True)
+    lengths = torch.tensor([[len(e["input_ids"])] for e in examples])
+    answers, place = torch.tensor([[e["answer"]] for e in examples]), torch.arange(ids.shape[1])
+    inputs = dict(input_ids=ids, attention_mask=(place < lengths).long(), seeds=torch.tensor(seeds),
+                  labels=ids.masked_fill((place < answers) | (place >= lengths), IGNORE))
+    if names := model.config.class_names:                # the last number: none of these
+        found = [[*names, e["label"]].index(e["label"]) for e in examples]
+        inputs["class_ids"] = torch.tensor(found)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}

@@ -1,68 +1,104 @@
-"""What the scripts share: errors in one line, loading with clear errors, files that are whole."""
+"""What the scripts share: errors in one line, files that are whole, and several processes.
+
+These are started by torchrun --nproc-per-node N train.py .., and train one model. Each takes its
+share of every batch, and they add up their gradients. Only the first writes and prints."""
 
 import argparse
-import errno
 import json
 import math
 import os
-import re
 import socket
 import sys
 import textwrap
 import time
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from l2d import L2D
-
-REMEDIES = {                                             # by what an error's name and text hold
-    "MemoryError|DefaultCPU": ": use a smaller --micro-batch-size, or --gradient-checkpointing",
-    r"^Dist\w*Error|gloo": ": another process of this run has ended. Continue with --resume",
-    os.strerror(errno.ENOSPC): ": make room, then start again (train.py: with --resume)",
-    "No module named": ": pip install -r requirements.txt -r experiments/requirements.txt",
-    "^(Runtime|Assertion)Error": " (L2D_TRACEBACK=1 shows where)",
-}
+DEVICE = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")     # the default
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The default after each option, and the lines of the description as they are."""
 
 @contextmanager
-def console(script):
+def console(script, stopped="stopped"):
     """Run a script: an error is one line and exit code 1 (unless it is a bug's), Ctrl-C is 130."""
     sys.stdout.reconfigure(errors="replace")             # no terminal shows all that models write
     logging.set_verbosity_error()
     logging.disable_progress_bar()                       # of loading, but also of downloads:
     huggingface_hub.utils.enable_progress_bars()
     try:
+        join_processes()
         yield
     except KeyboardInterrupt:
-        print("stopped")
+        print(stopped)
         sys.exit(130)
     except Exception as error:
         bugs = (AttributeError, LookupError, NameError, TypeError)
         if isinstance(error, bugs) or os.environ.get("L2D_TRACEBACK"):
             raise
-        line = f"{script}: error: {one_line(error)}{remedy(error)}"
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:      # torchrun ends with what is in there
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(
-                json.dumps({"message": line, "timestamp": int(time.time())}))
+        line = f"{script}: error: {one_line(error)}"
+        if any(text in repr(error) for text in ("MemoryError", "DefaultCPU")):
+            line += ": use a smaller --micro-batch-size, or --gradient-checkpointing"
+        elif isinstance(error, RuntimeError):
+            lost = "; if another process has ended, go on with --resume" if world() > 1 else ""
+            line += f" (L2D_TRACEBACK=1 shows where{lost})"
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):      # torchrun prints it at the end
+            Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
         sys.exit(line)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def one_line(error, most=1000):
     """An error's text without line breaks, cut at `most` characters."""
     return textwrap.shorten(str(error), most, placeholder=" ..") or type(error).__name__
 
-def remedy(error):
-    """What to do about an error whose own text does not say it."""
-    text = f"{type(error).__name__}: {error}"
-    return next((remedy for cause, remedy in REMEDIES.items() if re.search(cause, text)), "")
+def join_processes():
+    """Join those that torchrun has started, each on a GPU of its own."""
+    if "LOCAL_RANK" in os.environ:
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"               # NCCL alone takes nothing from the CPU
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(backend)
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def total(tensor):
+    """The sum over all processes, in place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+def mean(values):
+    """The mean of a tensor's numbers over all processes."""
+    sums = total(torch.tensor([values.sum().item(), values.numel()], dtype=torch.float64))
+    return (sums[0] / sums[1]).item()
+
+def from_first(do):
+    """do() in the first process, while the others wait. If it fails, torchrun ends them."""
+    if rank() == 0:
+        do()
+    total(torch.zeros(1))
+
+def shares(items, cost):
+    """Every process' part of a list, of about the same cost, and none empty if there are enough."""
+    parts = [[] for _ in range(world())]
+    for item in sorted(items, key=cost, reverse=True):
+        min(parts, key=lambda part: sum(map(cost, part))).append(item)
+    return parts
 
 @contextmanager
 def loading(what, name):
@@ -70,17 +106,14 @@ def loading(what, name):
     try:
         yield
     except Exception as error:                           # no network, a gated model, half a file
-        text = one_line(f"{error} {error.__cause__ or ''}", 600)
-        if not isinstance(error, (OSError, ValueError)):
-            text += "; it may be damaged: save or fetch it again"
+        hint = "" if isinstance(error, (OSError, ValueError)) else "; damaged? Save it again"
+        text = one_line(f"{error} {error.__cause__ or ''}", 600) + hint
         raise OSError(f"no {what} can be loaded from {name}: {text}") from None
 
 def load(kind, name, **kwargs):
     """kind.from_pretrained(name), without running any code that comes with it."""
     with loading(kind.__name__, name):
         return kind.from_pretrained(name, trust_remote_code=False, **kwargs)
-
-load_model = partial(load, L2D)                          # a trained path with its base
 
 def load_base(name, **kwargs):
     """The frozen LM. ValueError: a tensor is missing (the library makes it up) or not finite."""
@@ -103,35 +136,27 @@ def load_tokenizer(name, vocab_size=math.inf):
                          f"{vocab_size}; take the tokens off, or resize the model's embeddings")
     return tokenizer
 
-def pick_device(wanted=None):
-    """The device `wanted`, or cuda, mps or cpu, the first there is."""
-    return wanted or str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-
-def check_numbers(parser, args, above_0=(), from_0=()):
-    """parser.error about the first number, or number of a list, out of its range. None is fine."""
-    def check(names, rule, good):
-        for name in names:
-            for value in args[name] if isinstance(args[name], list) else [args[name]]:
-                if value is not None and not good(value):
-                    parser.error(f"--{name.replace('_', '-')} {value!r} must be {rule}")
-    check(above_0, "above 0", lambda value: 0 < value < math.inf)
-    check(from_0, "0 or more", lambda value: 0 <= value < math.inf)
-    seeds = {"seed", "seeds"} & args.keys()
-    check(seeds, f"in 0..{2**22 - 1}", lambda value: 0 <= value < 2**22)
+def check_numbers(parser, args, *from_0):
+    """parser.error about the first number that is neither its default nor above 0. Those in from_0,
+    and seeds, may be 0."""
+    for name, given in vars(args).items():
+        least, most, rule = 0, math.inf, "above 0"
+        if "seed" in name:
+            least, most, rule = -1, 2**22, f"in 0..{2**22 - 1}"
+        elif name in from_0:
+            least, rule = -1e-300, "0 or more"
+        for value in given if isinstance(given, list) else [given]:
+            number = type(value) in (int, float) and value != parser.get_default(name)
+            if number and not least < value < most:
+                parser.error(f"--{name.replace('_', '-')} {value!r} must be {rule}")
 
 def write_whole(file, write):
-    """Let write(path) make another file, then put that in the place of `file`: whatever happens, it
-    is whole. OSError: it could not be written."""
+    """Let write(path) make another file, then put it in the place of `file`, which is so whole."""
     making = file.with_name(file.name + ".making")
-    try:
-        write(making)
-        with open(making, "rb+") as new:
-            os.fsync(new.fileno())
-        os.replace(making, file)
-    except (OSError, safetensors.SafetensorError) as error:
-        making.unlink(missing_ok=True)
-        raise OSError(f"{file} cannot be written ({one_line(error)}); the one before is untouched: "
-                      "make room or change the rights, then continue with --resume") from None
+    write(making)
+    with open(making, "rb+") as new:
+        os.fsync(new.fileno())                           # else a crash of the machine may empty it
+    os.replace(making, file)
 
 def save_tensors(tensors, file):
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
@@ -163,10 +188,8 @@ def claimed(folder):
                 os.unlink(lock.lock_file)
 
 def last_run(filename, containing=""):
-    """The folder in out/ whose text file `filename`, with `containing` in it, is the newest. What
-    was still being made when a run was killed (NAME.making) is none."""
+    """The folder in out/ whose text file `filename`, with `containing` in it, is the newest."""
     found = [file for file in Path("out").glob(f"*/{filename}") if containing in file.read_text()]
-    found = [file for file in found if file.parent.suffix != ".making"]
     if not found:
         raise OSError("there is no run in out/ yet: start one with train.py, or name it with --out")
     return max(found, key=os.path.getmtime).parent
@@ -181,17 +204,14 @@ def load_options(folder, names):
         return options
 
 def summary(line):
-    """A validation's line of the log, to be read: its figures, then questions and answers."""
+    """A validation's line of the log, to be read: its figures, then the answers."""
     figures = {name: round(value, 3) for name, value in line.items() if name != "answers"}
-    texts = [f"> {one_line(a['question'], 99)}    (right: {one_line(a['right'], 99)})\n"
-             f"{one_line(a['answer'], 99)}" for a in line["answers"]]
-    return "\n".join([", ".join(f"{name} {value}" for name, value in figures.items()), *texts])
+    figures = ", ".join(f"{name} {value}" for name, value in figures.items())
+    return "\n".join([figures, *line["answers"]])
 
-def prepare_out(args, tokenizer, log_size):
-    """The output folder: options, tokenizer, and the log as long as at the last checkpoint."""
-    out, options = Path(args.out), json.dumps(vars(args), indent=2)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "args.json", lambda making: making.write_text(options, encoding="utf-8"))
-    tokenizer.save_pretrained(out)
-    with open(out / "log.jsonl", "ab") as log:           # without updates that a kill has undone
-        log.truncate(min(log_size, log.tell()))
+def prepare_out(args, tokenizer):
+    """The output folder: the options and the tokenizer."""
+    os.makedirs(args.out, exist_ok=True)
+    options = json.dumps(vars(args), indent=2)
+    write_whole(Path(args.out, "args.json"), lambda making: making.write_text(options, "utf-8"))
+    tokenizer.save_pretrained(args.out)

@@ -5,11 +5,9 @@
     fact     @kfe           -> up            one of 800 invented facts, some asked more than others
     hidden   ?qzbnm         -> ?             shifted, sorted or reversed: only the label says which
 
-Accuracy on them rises smoothly with training. One question in ten, chosen by its checksum, is held
-out (but no facts, which cannot be guessed). Guidance is measured on `hidden`."""
+One question in ten, chosen by its checksum, is held out (but no facts, which cannot be guessed)."""
 
 import json
-import os
 import random
 import string
 import zlib
@@ -116,13 +114,11 @@ def train_base(tokenizer, seed, until=0.42, max_steps=3000, batch=128, lr=2e-3):
     return model.eval()
 
 def save(folder, model, tokenizer, **files):
-    """A checkpoint folder with data beside it (name -> rows of NAME.jsonl), moved into place."""
-    making = folder.with_name(folder.name + ".making")
-    model.save_pretrained(making)
-    tokenizer.save_pretrained(making)
+    """A checkpoint folder, and data beside it: name -> rows of NAME.jsonl."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     for name, rows in files.items():
-        (making / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(making, folder)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 def base_folder(seed):
     return f"out/tiny-base-{seed}" if seed else "out/tiny-base"
@@ -131,7 +127,7 @@ def prepare(seed=0):
     """Make the folder of base, tokenizer, train.jsonl and test.jsonl, if it is not there."""
     folder = Path(base_folder(seed))
     torch.set_num_threads(1)                             # threads would only wait for each other
-    if folder.exists():
+    if (folder / "test.jsonl").exists():                 # the last that is written
         return
     tokenizer = make_tokenizer()
     model = train_base(tokenizer, seed)

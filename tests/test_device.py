@@ -25,7 +25,6 @@ import train
 from experiments import finetune, real
 from l2d import CHOICES, L2D, TABLEAUS, L2DConfig
 from support import console, tiny
-from support.processes import processes
 from test_l2d import IDS, KINDS, SEEDS, exact_l2d, tiny_base, tiny_l2d, weights
 
 torch.set_num_threads(1)
@@ -217,7 +216,7 @@ def here(simulated, tmp_path, monkeypatch):
             with _disable_current_modes():
                 return function(*args, **kwargs)
         return call
-    for name in ("load_base", "load_model"):
+    for name in ("load_base", "load"):
         monkeypatch.setattr(console, name, apart(getattr(console, name)))
     save = PreTrainedModel.save_pretrained
 
@@ -234,8 +233,7 @@ def here(simulated, tmp_path, monkeypatch):
 
 
 def train_main():
-    with processes():
-        train.train(train.parse_args(train.make_parser()))
+    train.train(train.parse_args(train.make_parser()))
 
 
 TRAIN = ["--model", "base", "--data", "base/train.jsonl", "--max-steps", "2", "--batch-size", "8",
@@ -251,20 +249,22 @@ def losses(out):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """stop(n): the next training is interrupted after its n-th update."""
-    def after(n):
-        answers = iter([False] * (n - 1) + [True])
-        monkeypatch.setattr(train.processes, "interrupts", lambda: contextlib.nullcontext(lambda: next(answers)))
-    return after
+    """stop(): trainings are interrupted after an update and its checkpoint; stop(False): no more."""
+    save = train.save_checkpoint
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    return lambda stops=True: monkeypatch.setattr(train, "save_checkpoint", save_and_stop if stops else save)
 
 
 def test_training_goes_as_on_the_cpu_also_when_a_run_changes_the_device(here, stop):
     here(train_main, *TRAIN, *LABELS, "--device", "cpu", "--out", "cpu")
     for first, second, options in (("cpu", "meta", []), ("meta", "cpu", ["--gradient-checkpointing"])):
-        stop(1)
-        with pytest.raises(SystemExit):
+        stop()
+        with pytest.raises(KeyboardInterrupt):
             here(train_main, *TRAIN, *LABELS, *options, "--device", first, "--out", first + second)
-        stop(2)
+        stop(False)
         here(train_main, "--resume", "--device", second, "--out", first + second)
         assert losses(first + second) == pytest.approx(losses("cpu"), rel=1e-4)
 
@@ -286,7 +286,7 @@ def test_the_baselines(here, method):
 
 def test_answer_tokens_are_scored_on_the_device(here, simulated, monkeypatch):
     """In every way of `real`; what is kept is on the CPU."""
-    monkeypatch.setattr(real, "load_model", console.load_model)
+    monkeypatch.setattr(real, "load", console.load)
     here(train_main, *TRAIN, "--device", "cpu", "--out", "path")
     found = {}
     for device in ("cpu", "meta"):

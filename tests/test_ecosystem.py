@@ -29,7 +29,7 @@ import l2d
 import train
 from l2d import L2D, L2DConfig
 from support import chats, tiny
-from support.console import console, load_model
+from support.console import console, load
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,7 +124,7 @@ def test_a_path_whose_base_is_gated_names_the_base(here, tmp_path, monkeypatch):
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(transformers.utils.hub, name, refuse(GatedRepoError))
     with pytest.raises(OSError, match="gated.* https://huggingface.co/meta/gated"):
-        load_model(tmp_path)
+        load(L2D, tmp_path)
 
 
 def test_errors_of_a_data_set_are_one_line(monkeypatch):
@@ -292,18 +292,16 @@ def test_training_writes_a_card(here, tmp_path, monkeypatch):
         assert data["library_name"] == "transformers" and "l2d" in data["tags"]
         assert data.get("base_model") == base and str(here) not in text and str(tmp_path) not in text
         assert data.get("base_model_relation") == (base and "adapter") and data["pipeline_tag"] == "text-generation" and data["license"] == "other"
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for value in ("64.0", "0.01", base or "base", json.dumps(log[-1]["val_loss"])):      # sigma, lr and the last validation
+        for value in ("64.0", "0.01", base or "base"):   # sigma, lr
             assert value in text, value
     assert Path("l2d/model.safetensors").stat().st_size == (tmp_path / "run/model.safetensors").stat().st_size
 
 
 def test_the_card_names_the_data_set(tmp_path):
-    saved = SimpleNamespace(save_pretrained=lambda folder: Path(folder).mkdir(parents=True))
+    saved = SimpleNamespace(save_pretrained=lambda folder: None)
     for data, names in (("some/data:part:train", ["some/data"]), ("smoltalk", ["HuggingFaceTB/smoltalk"]), (__file__, None)):
         out = tmp_path / str(len(data))
         out.mkdir()
-        (out / "log.jsonl").write_text("")
         args = train.make_parser().parse_args(["--model", "some/base", "--out", str(out), "--data", data])
         train.finish(saved, args, "l2d")
         assert ModelCard((out / "README.md").read_text()).data.to_dict().get("datasets") == names

@@ -151,16 +151,13 @@ def total(files):
 
 
 MOST = {"l2d.py": 1050, "train.py": 300, "sample.py": 140, "README.md": 160, "experiments/README.md": 400}
-LONGER = pytest.mark.xfail(strict=True, reason="still longer than it is meant to be")
-TOO_LONG = ("train.py",)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=LONGER if name in TOO_LONG else ()) for name in MOST])
+@pytest.mark.parametrize("name", MOST)
 def test_no_file_is_too_long(name):
     assert total([ROOT / name]) <= MOST[name]
 
 
-@LONGER
 def test_support_is_small():
     assert total(file for file in OWN if file.parent.name == "support") <= 600
 
