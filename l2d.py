@@ -8,7 +8,7 @@ makes of the state x_t is added to the LM's last hidden state, and the LM's head
 The velocity points from x_t to x̂, the point of that token. Here is one step of Euler's method,
 over an interval of length h:
 
-  tokens 0..k ──► main path: frozen LM, once per token ──► keys and values i        hidden state
+  tokens 0..k ──► main path: frozen LM, once per token ──► keys, values of layer i  hidden state
                                                                   │                     │
                                                                   ▼                     ▼
   x_t ──► rescale, MLP ──► f ──► blocks i: cross attention, MLP ──► f ──► hidden + (w(t) − w(0))·f
@@ -26,13 +26,14 @@ are the LM's own. With T = 1 it is also the last, and the answer is that of the 
 
 A *pass* is one run of the path (two with guidance), for one state of a token or for several. A
 state follows from x_0 and the x̂ before it. So guess that x̂ stays as it is, compute all later
-states, and evaluate them in one pass. The results are exact up to the first x̂ that is not as
-guessed; the rest is done again (`draft_and_check`).
+states, and evaluate them in one pass. The results are exact up to and including the first x̂ that
+is not as guessed. Only the rest is done again (`draft_and_check`).
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
   V_y (Eq. 5)     DiffusionVocabulary   [V, d]      every token as a point x_1 of length sqrt(d)
-  x_0, x_t, x_1   x_0, x_t, x_1         [B, N, d]   noise, state, token; always float32
+  x_0, x_t, x_1   x_0, x_t, x_1         [B, N, d]   noise sigma·eps, state (in training it is
+                                                    (1 − t)·x_0 + t·x_1), token; float32
   x̂               x_hat                 [B, N, d]   where the path expects the token to be
   t               t                     [B, N, 1]   0 is noise, 1 the token; [1, 1, 1] if shared
   f               f                     [B, N, D]   hidden state of the path
@@ -70,11 +71,11 @@ from transformers.utils.hub import extract_commit_hash
 
 # Random numbers are a hash of their address (counter-based), not draws from a generator. So a
 # token's noise does not depend on its batch, on padding, on the cache or on a restart. An address
-# is the row's seed, the position and the use (and the time, if there are several draws):
+# is the row's seed, the position and one of these uses (and the time, if it has several draws):
 TIME, NOISE, DROP, VELOCITY = 0, 1, 2, 3
 
 def splitmix64(x):
-    """The mixing step of SplitMix64, on int64: products wrap around, masks make shifts logical."""
+    """SplitMix64's mixing step, as signed integers: products wrap, masks make shifts logical."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
@@ -85,7 +86,7 @@ def uniform(n, *address):
     for coordinate in address:
         key = splitmix64(key ^ coordinate)
     index = torch.arange(1, n + 1, device=key.device) * -0x61C8864680B583EB
-    bits = (splitmix64(key[..., None] + index) >> 41) & 0x7FFFFF
+    bits = (splitmix64(key[..., None] + index) >> 41) & 0x7FFFFF        # the highest 23
     return (bits.float() + 0.5) / 2**23                 # exact in float32, and never 0 or 1
 
 def normal(n, *address):
@@ -178,8 +179,8 @@ class Context:
         return self.lm.lm_head(self.lm.model.norm(hidden))
 
     def tile(self, n):
-        """Every token n times, side by side, for n states of it: N becomes N·n. Keys and values
-        stay: more states are more queries."""
+        """Every token n times, for n states of it: N becomes N·n, in the order of [B, N, n]. Keys
+        and values stay: more states are more queries."""
         def tiled(x):
             return x if x is None else x.repeat_interleave(n, dim=1)
         names = ("main_hidden", "cos", "sin", "seeds", "positions", "class_ids")
@@ -207,9 +208,9 @@ def rotate(q, cos, sin):
 
 class Block(nn.Module):
     """One layer of the LM as the diffusion path uses it: cross attention to the main path's keys
-    and values, then the MLP. Its five linear layers are the LM's, each with a LoRA update. Time and
-    class set the scales, shifts and gates. What depends on the LM's architecture is here, in
-    `modulate` and `rotate`, and in Part II's `L2D.read`."""
+    and values, then the MLP. linear(layer, config) adds a LoRA update to a linear layer of the LM.
+    Time and class set the scales, shifts and gates. What depends on the LM's architecture is here,
+    in `modulate` and `rotate`, and in Part II's `L2D.read`."""
 
     def __init__(self, layer, config, linear):
         super().__init__()
@@ -256,7 +257,6 @@ class DiffusionPath(nn.Module):
     gradient_checkpointing = False      # recompute blocks in the backward pass, to save memory
 
     def __init__(self, config, layers, linear):
-        """linear(layer, config): the path's version of one of the LM's linear layers."""
         super().__init__()
         D, d, C = config.text_config.hidden_size, config.dim, config.cond_dim
         self.config, self.null = config, len(config.class_names)
@@ -271,8 +271,8 @@ class DiffusionPath(nn.Module):
 
     def initialize(self):
         """Xavier-uniform weights and zero biases; N(0, 0.02²) for the embeddings of time and class.
-        output_weight and every adaLN_modulation end in a layer of zeros. So at first the path has
-        weight 0, its blocks are the identity, and only output_weight's last layer learns."""
+        output_weight and every adaLN_modulation end in a layer of zeros. So at first the blocks are
+        the identity, and the path's weight is 0: only output_weight's last layer has a gradient."""
         for module in self.modules():
             if type(module) is Linear:              # and not the OwnLinear of Part II
                 nn.init.xavier_uniform_(module.weight)
@@ -291,7 +291,7 @@ class DiffusionPath(nn.Module):
         return c if class_ids is None else c + self.class_embedder(class_ids)
 
     def hidden(self, x_t, t, context):
-        """One pass: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's final
+        """One run: x_t [B, N, d] at times t [B, N, 1] -> the hidden state before the LM's final
         norm [B, N, D], Eq. 6. At t = 0 it is exactly the LM's own, for every class."""
         c = self.condition(t, context.class_ids)
         c_0 = self.condition(torch.zeros_like(t), context.class_ids)
@@ -308,7 +308,7 @@ class DiffusionPath(nn.Module):
         return context.logits(self.hidden(x_t, t, context))
 
     def table(self, embedding):
-        """x_1 of the whole vocabulary: float32 [V, d]; made in parts, to save memory."""
+        """x_1 of all tokens: float32 [V, d]; in parts, to save memory. `current_path` keeps it."""
         return torch.cat([self.vocabulary(part) for part in embedding.weight.split(16384)])
 
 # ---- Loss (Section 2.2, Eq. 3) -------------------------------------------------------------------
@@ -355,19 +355,19 @@ def estimate(path, logits, t, context):
     if path.config.velocity == "expectation":                                   # Eq. 8
         return logits.float().softmax(-1) @ table
     if path.config.velocity == "sample":
-        # Gumbel-max: argmax(logits + tau·Gumbel noise) is a draw from softmax(logits / tau). With
-        # tau = 1 − t, late draws are the most likely token. (The release has tau of the interval's
-        # end.) Every time has noise of its own, always the same, so that drafts can be checked.
-        moment = (t[..., 0] * 2**24).long()         # a float32 has 24 bits
+        # Gumbel-max: argmax(logits + tau·Gumbel noise) is a draw from softmax(logits / tau). As
+        # tau = 1 − t falls, draws become the most likely token. (The release takes the interval's
+        # end as t.) Each time has noise of its own, always the same: so drafts can be checked.
+        moment = (t[..., 0] * 2**24).long()         # t as an integer, for the hash
         noise = gumbel(logits.shape[-1], context.seeds, context.positions, VELOCITY, moment)
         logits = logits.float() + (1 - t) * noise
     value, token = logits.max(-1, keepdim=True)
-    return table[token[..., 0]] + 0 * value.float()     # if logits are NaN, so is x̂
+    return table[token[..., 0]] + 0 * value.float()     # 0·NaN is NaN: bad logits, bad x̂
 
 def evaluate(path, x, t, context):
     """One evaluation, at states x [B, N, d] and times t [B, N, 1]: logits [B, N, V] and x̂
     [B, N, d]. With guidance, the path also runs without class. Mixing the two velocities as in
-    Eq. 7 is mixing the two x̂. The logits stay those with the class, as in the release."""
+    Eq. 7 is mixing the two x̂, as the weights sum to 1. The logits stay those with the class."""
     logits = predict(path, x, t, context)
     x_hat = estimate(path, logits, t, context)
     if (scale := path.config.guidance) != 1:
@@ -436,8 +436,8 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     t = torch.full_like(x[..., :1], t_start)
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t)
-    reused = tableau.a[-1] == tableau.b[:-1]        # the last stage is the next k_1 (at x_new)
-    cost = len(tableau.c) - int(reused)             # evaluations of an interval and the next k_1
+    reused = tableau.a[-1] == tableau.b[:-1]        # bosh3's last stage is the next k_1
+    cost = len(tableau.c) - int(reused)             # of an interval and the next k_1: 3 for both
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -445,11 +445,10 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
         used += running * (len(tableau.c) - 1)
         x_new = x + h * weighted_sum(tableau.b, ks)
         # Accept it if the error over the tolerance, as a root mean square over d, is at most 1.
-        # (An error of NaN passes, too. It makes h NaN, so the next interval ends at t_end.)
         tolerance = atol + rtol * torch.maximum(x.abs(), x_new.abs())
         error = h * weighted_sum(tableau.error, ks) / tolerance
         error = error.pow(2).mean(-1, keepdim=True).sqrt()                      # [B, N, 1]
-        accept = running & ~(error > 1)
+        accept = running & ~(error > 1)             # NaN passes, too, and then reaches t_end
         t_new = torch.where(h < t_end - t, t + h, t_end)    # t_end itself, not a rounding of it
         x, t = torch.where(accept, x_new, x), torch.where(accept, t_new, t)
         # h times 0.9·error^(−1/order), within [1, 10] if accepted, and not below 0.2 if not.
@@ -466,13 +465,13 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
 # ---- Diffusing one token (Algorithm 1) -----------------------------------------------------------
 
 def end_time(config):
-    """Where the integration stops: at 1, if the method does not evaluate the velocity there, which
-    divides by 1 − t. If it does: at 1 − 1/sigma, as in A.2, or at 0.95, whichever is later."""
+    """Where the integration stops: at 1. A method with a stage at the end of its interval, where
+    the velocity would divide by 0, stops at 1 − 1/sigma, as in A.2, or at 0.95 if that is later."""
     if config.t_end is not None:
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
-MAX_STATES = 128                        # of all B·N tokens together, in a pass that drafts
+MAX_STATES = 128                        # the most states in a pass that drafts, of all B·N tokens
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
@@ -486,8 +485,8 @@ def diffuse(path, context, steps=None, observe=None):
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     check_steps(config.solver, T)
     x = (1 - start) * initial_noise(config, context)
-    most = MAX_STATES // x[..., 0].numel()          # of each token; below 2 there is no draft
-    # Nor where x̂ moves all the time, or where the times are not known in advance.
+    most = MAX_STATES // x[..., 0].numel()          # states of each token in such a pass
+    # No drafts where x̂ moves all the time, or where the times are not known in advance.
     one_by_one = config.velocity == "expectation" or bool(tableau.error) or observe is not None
     if T > 1 and most > 1 and not one_by_one:
         return draft_and_check(path, context, x, most, *unroll(config.solver, start, end, T))
@@ -502,7 +501,7 @@ def diffuse(path, context, steps=None, observe=None):
     if T > 1 and tableau.error:
         x, t, used = solve_adaptive(dxdt, x, start, end, tableau, config.atol, config.rtol,
                                     config.max_evaluations - 1)
-        used = used + 1
+        used = used + 1                             # the answer's
     elif T > 1:
         x = solve_fixed(dxdt, x, start, end, (T - 1) // len(tableau.c), tableau)
     logits = predict(path, x, t, context)           # the answer is of the class, unguided
@@ -513,10 +512,10 @@ def diffuse(path, context, steps=None, observe=None):
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
     """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. State i,
-    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0): x_0 moved towards each x̂_j found before
-    (j < i), by amounts that only solver and times decide. To find them, run the solver from x_0 = 0
-    with unit vector j as x̂_j: then state i is row i of W. Euler's method with T = 3 has
-    W = [[0, 0, 0], [1/2, 0, 0], [0, 1, 0]]."""
+    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0), over the x̂_j found before (j < i). For
+    velocity and solver are linear in x and x̂, and nothing changes if x_0 is taken off all of them.
+    To find W, run the solver from x_0 = 0 with unit vector j as x̂_j: then state i is row i of W.
+    Euler's method with T = 3 has W = [[0, 0, 0], [1/2, 0, 0], [0, 1, 0]]."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -535,16 +534,16 @@ def draft_and_check(path, context, first, most, weights, times):
     evaluates them. An example with T = 5 and t_start = 0, where A and B are two values of x̂:
 
       evaluation     0 1 2 3 4
-      guess          A A A A A    evaluation 0 finds the LM's own token, without a pass
-      pass 1 finds     A B ? ?    B is right, as its state comes from A A. But ? come from A A A,
-      guess          A A B B B    and the third is wrong: they are not used
+      guess          A A A A A    evaluation 0 is known: it finds the LM's own token, without a pass
+      pass 1 finds     A B ? ?    B is right, as its state follows from A A. But the ? follow from
+      guess          A A B B B    A A A, where the third should be B: they are not used
       pass 2 finds         B B    as guessed: the logits of evaluation 4 are the answer
 
-    So what counts as known is what the loop finds, but for rounding at near-ties. Each pass adds
-    at least one evaluation, so there are never more passes than in the loop."""
+    So what becomes known is what the loop finds (except near-ties, which other batches may round
+    the other way). Each pass adds at least one, so passes never exceed evaluations."""
     (B, N, _), T = first.shape, len(times)
     weights, times, index = (z.to(first.device) for z in (weights, times, torch.arange(T)))
-    # The first guess is the LM's own token. If t_start = 0, it is also evaluation 0.
+    # The first guess: the LM's own token, whatever the state. If t_start = 0, it is evaluation 0.
     answer, x_hat = evaluate(path, first, times.new_zeros(1, 1, 1), context)
     known = (times[0] == 0).long().expand(B, N)         # how many evaluations are known
     first, x_hats = first[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
@@ -556,14 +555,15 @@ def draft_and_check(path, context, first, most, weights, times):
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # New is the first x̂ that is not as guessed, with all before it: at most what was left.
+        # New are all x̂ up to the first one that is not as guessed, but no more than were left. In
+        # the example, pass 1 has same = 1 0 .. and new = 2.
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
         new = (same.long().cumprod(-1).sum(-1) + 1).minimum((T - known).clamp(max=n))   # [B, N]
         known, passes = known + new, passes + (new > 0)
         newest = (new - 1).clamp(min=0)[..., None, None]        # which of the n is the last new one
         ended = ((new > 0) & (known == T))[..., None]
         answer = torch.where(ended, logits.take_along_dim(newest, dim=2)[:, :, 0], answer)
-        # The next guess: its x̂, from there on. (That of a token that has ended is not used.)
+        # The next guess: from the newest evaluation (number known − 1) on, its x̂.
         later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
         x_hats = torch.where(later, x_hat.take_along_dim(newest, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
@@ -629,8 +629,8 @@ class L2DConfig(transformers.PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, *args, **kwargs):
-        """What `generate` makes its cache for: the base, with every key kept. A cache that drops
-        keys outside a sliding window would not do: the path sees them at every evaluation."""
+        """`generate` asks for this to make its cache. It gets the base's, but all layers shall keep
+        all keys, also those outside a sliding window: the path sees them at every evaluation."""
         if self.text_config is None:
             return self
         config = copy.copy(self.text_config)
@@ -705,7 +705,7 @@ class L2DOutput(CausalLMOutputWithPast):
     passes: torch.Tensor | None = None
 
 def kept_columns(keep):
-    """Where keep [B, S] is True, per row, filled up with other columns: int64 [B, N]."""
+    """Where keep [B, S] is True, in order, then others, N in every row: int64 [B, N]."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
@@ -735,7 +735,7 @@ def check_base(config, base):
                          'device: load it with device_map={"": 0}')
 
 def checksum(base):
-    """A checksum of the base's settings and shapes, and of four rows of every tensor, rounded to
+    """A checksum of the base's settings and shapes, and of some rows of every tensor, rounded to
     bfloat16 so that its dtype does not matter. None: quantised, float16 or on "meta"."""
     settings = {name: getattr(base.config, name, None) for name in (
         "hidden_act", "num_attention_heads", "rms_norm_eps", "rope_parameters", "sliding_window")}
@@ -761,8 +761,8 @@ def cached_commit(name):
 
 def check_inputs(keep, input_ids, attention_mask, position_ids, cache):
     """ValueError: inputs of `L2D.read` that are impossible, or that would be misread."""
-    mask = torch.is_tensor(keep) and keep.dtype == torch.bool
-    if not mask and (type(keep) is not int or keep < 0):
+    is_mask = torch.is_tensor(keep) and keep.dtype == torch.bool
+    if not is_mask and (type(keep) is not int or keep < 0):
         raise ValueError(f"logits_to_keep={keep} must be a number of last positions, or 0 for all")
     if type(cache) is not DynamicCache or any(cache.is_sliding):
         raise ValueError("past_key_values must keep all keys, also those outside a sliding window: "
@@ -774,7 +774,7 @@ def check_inputs(keep, input_ids, attention_mask, position_ids, cache):
                              "give each a row of its own, or one would read the other")
     elif list(attention_mask.shape) != shape:
         raise ValueError(f"attention_mask is {list(attention_mask.shape)}; it must be {shape}")
-    elif not mask and keep and (attention_mask[:, -1] < attention_mask.amax(1)).any():
+    elif not is_mask and keep and (attention_mask[:, -1] < attention_mask.amax(1)).any():
         raise ValueError("a row ends in padding, and its next token would follow that; pad on the "
                          "left to generate")
 
@@ -949,7 +949,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         T = self.config.steps if steps is None else steps
         check_settings(self.config, T)
         if seeds is None and T == 1 and self.config.t_start == 0:
-            seeds = [0] * len(input_ids)                # no noise: leave torch's generator alone
+            seeds = 0                                   # no noise: leave torch's generator alone
         context = self.read(logits_to_keep, input_ids, attention_mask, position_ids, cache,
                             class_ids, seeds)
         logits, evaluations, passes = diffuse(self.current_path(), context, T)
