@@ -27,7 +27,7 @@ are the LM's own. With T = 1 it is also the last, and the answer is that of the 
 A *pass* is one run of the path (two with guidance), for one state of a token or for several. A
 state follows from x_0 and the x̂ before it. So guess that x̂ stays as it is, compute all later
 states, and evaluate them in one pass. The results are exact up to and including the first x̂ that
-is not as guessed. Only the rest is done again (`draft_and_check`).
+is not as guessed, as its state came from right guesses. The rest is done again (`draft_and_check`).
 
   paper           code                  shape       meaning
   y               targets               [B, N]      the token after position k
@@ -233,13 +233,13 @@ class Block(nn.Module):
         return f + gate_2 * self.feed_forward(normed, layer.mlp)                # [B, N, D]
 
     def attention(self, normed, attn, context, i):
+        # Grouped-query attention without copies of keys: the G heads on a key head are G queries.
         (B, N, _), keys = normed.shape, context.keys[i]
         mask = context.masks[context.kinds[i]].flatten(1, 2)[:, None]           # [B, 1, N·G, L]
         q = self.q_proj(normed, attn.q_proj).view(B, N, -1, attn.head_dim)      # [B, N, H, E]
         if hasattr(attn, "q_norm"):                                             # Qwen3
             q = attn.q_norm(q)
         q = rotate(q, context.cos, context.sin)
-        # Grouped-query attention without copies of keys: the G heads on a key head are G queries.
         q = q.view(B, N, keys.shape[1], -1, attn.head_dim).transpose(1, 2)      # [B, K, N, G, E]
         a = F.scaled_dot_product_attention(                                     # [B, K, N·G, E]
             q.flatten(2, 3), keys, context.values[i], mask, scale=attn.scaling)
@@ -381,7 +381,7 @@ def predict(path, x, t, context):
     return path(x, t, context) if t.any() else context.logits(context.main_hidden)
 
 def velocity(x_hat, x, t):
-    """dx/dt of Eq. 4, for x̂ and the state x [B, N, d] at t [B, N, 1]."""
+    """dx/dt of Eq. 4: straight from the state x [B, N, d] at t [B, N, 1] to x̂ at t = 1."""
     return (x_hat - x) / (1 - t)
 
 # ---- Solvers (Algorithm 1, A.2) ------------------------------------------------------------------
@@ -437,7 +437,7 @@ def solve_adaptive(dxdt, x, t_start, t_end, tableau, atol, rtol, max_evaluations
     h, used = torch.full_like(t, min(0.05, t_end - t_start)), torch.ones_like(t)
     k_1 = dxdt(x, t)
     reused = tableau.a[-1] == tableau.b[:-1]        # bosh3's last stage is the next k_1
-    cost = len(tableau.c) - int(reused)             # of an interval and the next k_1: 3 for both
+    cost = len(tableau.c) - int(reused)             # evaluations for an interval and its next k_1
     while (running := (t < t_end) & (used + cost <= max_evaluations)).any():
         # Try an interval. (Ended states are computed, too, but stay.)
         h = torch.minimum(h, t_end - t)
@@ -471,7 +471,7 @@ def end_time(config):
         return config.t_end
     return max(1 - 1 / config.sigma, 0.95) if TABLEAUS[config.solver].c[-1] == 1 else 1.0
 
-MAX_STATES = 128                        # the most states in a pass that drafts, of all B·N tokens
+MAX_STATES = 128                        # the most in a pass that drafts, of all B·N tokens together
 
 @torch.no_grad()
 def diffuse(path, context, steps=None, observe=None):
@@ -485,7 +485,7 @@ def diffuse(path, context, steps=None, observe=None):
     start, end, T = config.t_start, end_time(config), config.steps if steps is None else steps
     check_steps(config.solver, T)
     x = (1 - start) * initial_noise(config, context)
-    most = MAX_STATES // x[..., 0].numel()          # states of each token in such a pass
+    most = MAX_STATES // x[..., 0].numel()          # states of each token, in a pass that drafts
     # No drafts where x̂ moves all the time, or where the times are not known in advance.
     one_by_one = config.velocity == "expectation" or bool(tableau.error) or observe is not None
     if T > 1 and most > 1 and not one_by_one:
@@ -512,10 +512,10 @@ def diffuse(path, context, steps=None, observe=None):
 @lru_cache(maxsize=16)
 def unroll(solver, t_start, t_end, steps):
     """A fixed-step solver as a matrix W [T, T], and the times of its T evaluations [T]. State i,
-    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0), over the x̂_j found before (j < i). For
-    velocity and solver are linear in x and x̂, and nothing changes if x_0 is taken off all of them.
-    To find W, run the solver from x_0 = 0 with unit vector j as x̂_j: then state i is row i of W.
-    Euler's method with T = 3 has W = [[0, 0, 0], [1/2, 0, 0], [0, 1, 0]]."""
+    that of evaluation i, is x_0 + sum_j W_ij (x̂_j − x_0), over the x̂_j found before (j < i). With
+    Euler's method and T = 3, state 1 is halfway from x_0 to x̂_0 and state 2 is x̂_1, so
+    W = [[0, 0, 0], [1/2, 0, 0], [0, 1, 0]]. To find W for any method, run it from x_0 = 0 with unit
+    vector j as x̂_j: then coordinate j of state i is W_ij."""
     x_hats, states, times = torch.eye(steps, dtype=torch.float64), [], []
     def dxdt(x, t):
         states.append(x)
@@ -535,8 +535,8 @@ def draft_and_check(path, context, first, most, weights, times):
 
       evaluation     0 1 2 3 4
       guess          A A A A A    evaluation 0 is known: it finds the LM's own token, without a pass
-      pass 1 finds     A B ? ?    B is right, as its state follows from A A. But the ? follow from
-      guess          A A B B B    A A A, where the third should be B: they are not used
+      pass 1 finds     A B ? ?    state 2 comes from the first two x̂, A A, so B is right. State 3
+      guess          A A B B B    came from A A A, but should come from A A B: ? is not used
       pass 2 finds         B B    as guessed: the logits of evaluation 4 are the answer
 
     So what becomes known is what the loop finds (except near-ties, which other batches may round
@@ -549,21 +549,22 @@ def draft_and_check(path, context, first, most, weights, times):
     first, x_hats = first[:, :, None], x_hat[:, :, None].expand(B, N, T, -1)    # [B, N, 1 or T, d]
     passes = torch.zeros_like(known)
     while (n := min(most, T - int(known.min()))) > 0:
-        # The next n evaluations of each token. (If it has fewer left, its last one fills up.)
+        # The next n evaluations of each token. (If it has fewer left, its last one is repeated.)
         i = (known[..., None] + index[:n]).clamp(max=T - 1)                     # [B, N, n]
         x = first + weights[i] @ (x_hats - first)                               # [B, N, n, d]
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # New are all x̂ up to the first one that is not as guessed, but no more than were left. In
-        # the example, pass 1 has same = 1 0 .. and new = 2.
+        # New are the x̂ that are as guessed, up to the first that is not, and this: in pass 1 of the
+        # example, same = 1 0 .. and new = 2. There cannot be more than were left.
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
-        new = (same.long().cumprod(-1).sum(-1) + 1).minimum((T - known).clamp(max=n))   # [B, N]
+        new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
+        new = new.minimum((T - known).clamp(max=n))
         known, passes = known + new, passes + (new > 0)
         newest = (new - 1).clamp(min=0)[..., None, None]        # which of the n is the last new one
         ended = ((new > 0) & (known == T))[..., None]
         answer = torch.where(ended, logits.take_along_dim(newest, dim=2)[:, :, 0], answer)
-        # The next guess: from the newest evaluation (number known − 1) on, its x̂.
+        # The next guess: from the newest evaluation (number known − 1) on, the x̂ that it found.
         later = (index >= known[..., None] - 1)[..., None]                      # [B, N, T, 1]
         x_hats = torch.where(later, x_hat.take_along_dim(newest, dim=2), x_hats)
     return answer, torch.full_like(known, T), passes
@@ -580,7 +581,6 @@ DEFAULTS = dict(
     cond_dim=256, sigma=64.0, path="lora", lora_rank=32, lora_alpha=32.0, class_dropout=0.2,
     timesteps="uniform", steps=15, solver="midpoint", velocity="argmax", guidance=1.0, t_start=0.0,
     t_end=None, atol=3e-4, rtol=3e-4, max_evaluations=1000)
-SETTINGS = {*DEFAULTS, "base_model"}
 
 class L2DConfig(transformers.PreTrainedConfig):
     """Settings of a diffusion path, with their DEFAULTS. Fixed by training:
@@ -622,8 +622,8 @@ class L2DConfig(transformers.PreTrainedConfig):
             raise ValueError(f"a model of type {kind!r} is no trained path: train one on it with "
                              "train.py --model")
         config_dict = {name: value for name, value in config_dict.items()
-                       if name not in ("init", "proposals")     # older folders have these, and
-                       and (name, value) != ("self_condition", False)}      # load as before
+                       if name not in ("init", "proposals")     # of earlier versions, as is the
+                       and (name, value) != ("self_condition", False)}      # next, without effect
         if "base_model" in kwargs:                          # another base has other commits
             config_dict["base_revision"] = None
         return super().from_dict(config_dict, **kwargs)
@@ -705,7 +705,7 @@ class L2DOutput(CausalLMOutputWithPast):
     passes: torch.Tensor | None = None
 
 def kept_columns(keep):
-    """Where keep [B, S] is True, in order, then others, N in every row: int64 [B, N]."""
+    """The columns where keep [B, S] is True, in order, then others, up to N: int64 [B, N]."""
     most = int(keep.sum(1).max())
     return keep.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
@@ -1000,7 +1000,7 @@ class L2D(transformers.PreTrainedModel, transformers.GenerationMixin):
         path_files = {key: kwargs.pop(key) for key in ("revision", "subfolder") if key in kwargs}
         shared = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
         path_files |= {key: kwargs[key] for key in shared if key in kwargs}
-        settings = {key: kwargs.pop(key) for key in SETTINGS & kwargs.keys()}
+        settings = {key: kwargs.pop(key) for key in {*DEFAULTS, "base_model"} & kwargs.keys()}
         if config is None:
             config = L2DConfig.from_pretrained(name_or_path, **path_files, **settings)
         else:

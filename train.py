@@ -245,7 +245,7 @@ def build(args, make_model):
     try_largest(model, args, max_length)
     data, held_out = chats.load_data(args.data, tokenizer, max_length, args.label_column,
                                      args.validation)
-    found = [len(data), sum(data["length"]), sum(data["answer"])]
+    found = [len(data), sum(data["length"][:]), sum(data["answer"][:])]
     if args.data_sums not in (None, found):
         raise ValueError(f"{args.data} has changed since the run began: put it back, or start anew")
     args.data_sums = found

@@ -200,7 +200,7 @@ def load_options(folder, names):
     with loading("options", file):
         options = dict(json.loads(file.read_text(encoding="utf-8")))
         if options.keys() != names:
-            raise ValueError("they are of another script: start anew, without --resume")
+            raise ValueError("they are of another script or version: start anew")
         return options
 
 def summary(line):

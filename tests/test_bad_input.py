@@ -301,7 +301,7 @@ SCRIPTS = {                                              # name: (what is spoilt
     "another sigma": (nothing, [*RESUME, "--sigma", "5", "--batch-size", "9"], 2, ["own batch_size, sigma: leave it out"]),
     "half the options": (cut("run/args.json", 0.5), RESUME, 1, ["no options", "run/args.json"]),
     "options that are none": (write("run/args.json", "[1]"), RESUME, 1, ["run/args.json", "damaged"]),
-    "options of another program": (write("run/args.json", "{}"), RESUME, 1, ["run/args.json", "without --resume"]),
+    "options of another program": (write("run/args.json", "{}"), RESUME, 1, ["run/args.json", "another script or version"]),
     "half a checkpoint": (cut("run/checkpoint.safetensors", 0.5), RESUME, 1, ["run/checkpoint.safetensors", "damaged?", "delete"]),
     "empty checkpoint": (cut("run/checkpoint.safetensors", 0), RESUME, 1, ["run/checkpoint.safetensors", "damaged"]),
     "bit flipped in the header": (flip("run/checkpoint.safetensors", 0.01), RESUME, 1, ["checkpoint.safetensors", "damaged"]),
