@@ -555,7 +555,7 @@ def draft_and_check(path, context, first, most, weights, times):
         logits, x_hat = evaluate(path, x.flatten(1, 2), times[i].flatten(1)[..., None],
                                  context.tile(n))
         logits, x_hat = logits.unflatten(1, (N, n)), x_hat.unflatten(1, (N, n))
-        # New are the x̂ that are as guessed, up to the first that is not, and this: in pass 1 of the
+        # New are the x̂ that are as guessed up to the first that is not, and this: in pass 1 of the
         # example, same = 1 0 .. and new = 2. There cannot be more than were left.
         same = (x_hat == x_hats.take_along_dim(i[..., None], dim=2)).all(-1)    # [B, N, n]
         new = same.long().cumprod(-1).sum(-1) + 1                               # [B, N]
