@@ -2,6 +2,7 @@
 
     python -m experiments.variants --init tied       x_embedder reads x_t from the start
     python -m experiments.variants --proposals 1     x_t holds tokens that the LM draws
+    python -m experiments.variants --proposals 1 --own    .. that the path itself draws
     python -m experiments.variants --resume --out .. continue a run
 
 Either writes an ordinary trained folder: nothing changes when it answers."""
@@ -13,7 +14,7 @@ import torch
 import torch.nn as nn
 from transformers import DynamicCache
 
-from l2d import L2DOutput, diffusion_losses, gumbel, uniform
+from l2d import TIME, L2DOutput, diffusion_losses, gumbel, initial_noise, uniform
 from support.console import console
 from train import make_parser, make_path, parse_args, train
 
@@ -40,24 +41,28 @@ def start_tied(model):
     last.weight.copy_(2 / 0.3**2 * M @ first.weight.T)
 
 @torch.no_grad()
-def propose(context, targets, share, chunk=1024):
-    """targets [B, N], but at a share of the positions a token that the LM draws. x_t then holds
-    that token while the loss is of the right one. So the path learns to doubt what it reads in x_t,
-    which in sampling is the LM's proposal first."""
-    hidden, drawn = context.main_hidden.flatten(0, 1), []
-    address = context.seeds.flatten(), context.positions.flatten()
+def propose(path, context, targets, share, own, chunk=1024):
+    """targets [B, N], but at a share of the positions a token that the LM draws, or the path, if
+    `own`, from one evaluation on the noise in x_t. x_t then holds that token while the loss is of
+    the right one. So the path learns to doubt what it reads in x_t, which in sampling is the LM's
+    proposal first."""
+    hidden, drawn = context.main_hidden, []
+    if own:
+        t = uniform(1, context.seeds, context.positions, TIME)
+        hidden = path.hidden((1 - t) * initial_noise(path.config, context), t, context)
+    hidden, address = hidden.flatten(0, 1), (context.seeds.flatten(), context.positions.flatten())
     for h, *where in zip(hidden.split(chunk), *(a.split(chunk) for a in address)):
         logits = context.logits(h).float()
         drawn.append((logits + gumbel(logits.shape[-1], *where, PROPOSAL)).argmax(-1))
     chosen = uniform(1, *address, SHARE)[:, 0] < share
     return torch.where(chosen, torch.cat(drawn), targets.flatten().clamp(min=0)).view_as(targets)
 
-def loss_with_proposals(model, share, labels=None, num_items_in_batch=None, **inputs):
+def loss_with_proposals(model, share, own, labels=None, num_items_in_batch=None, **inputs):
     """L2D's forward with labels, but x_t holds proposals. Validation keeps the right tokens."""
     if labels is None:
         return type(model).forward(model, **inputs)
     context, targets = model.read_labelled(labels=labels, **inputs)
-    shown = propose(context, targets, share)
+    shown = propose(model.path, context, targets, share, own)
     losses = diffusion_losses(model.path, context, targets, shown)
     return L2DOutput(loss=losses.sum() / num_items_in_batch)
 
@@ -66,7 +71,7 @@ def make_variant(args, base, class_names):
     if args.init == "tied":
         start_tied(model)
     if args.proposals:
-        model.forward = partial(loss_with_proposals, model, args.proposals)
+        model.forward = partial(loss_with_proposals, model, args.proposals, args.own)
     return model
 
 def main():
@@ -74,6 +79,7 @@ def main():
     add = parser.add_argument_group("what is not in the paper").add_argument
     add("--init", choices=("paper", "tied"), default="paper", help="where x_embedder starts")
     add("--proposals", type=float, default=0.0, help="share of x_t with a token of the LM")
+    add("--own", action="store_true", help="proposals of the path itself")
     args = parse_args(parser)
     if not 0 <= args.proposals <= 1:
         parser.error(f"--proposals {args.proposals} must lie in [0, 1]")

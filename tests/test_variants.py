@@ -44,14 +44,17 @@ def test_a_tied_start_scores_tokens_as_bayes_does(tied, cond_dim):
     assert embed(x).pow(2).mean().sqrt().item() == pytest.approx(size.item(), rel=0.3)
     assert torch.equal(model(IDS, steps=1).logits, base(IDS).logits)
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_a_share_of_the_states_holds_a_token_that_the_base_draws(share):
-    """The loss stays that of the right tokens. Validation sees right tokens alone."""
+@pytest.mark.parametrize("share, own", [(0.5, False), (1.0, False), (1.0, True)])
+def test_a_share_of_the_states_holds_a_token_that_is_drawn(share, own):
+    """By the base, or by the path from noise alone. The loss stays that of the right tokens."""
     model, seeds = tiny_l2d(class_names=()), torch.arange(200)
     ids = torch.arange(200)[:, None] % 97 + torch.zeros(1, 6, dtype=torch.long)
     context, targets = model.read_labelled(ids, ids, seeds=seeds)
     logits = model.base(ids).logits[:, :-1]
-    drawn = variants.propose(context, targets, share)
+    t = l2d.uniform(1, context.seeds, context.positions, l2d.TIME)
+    if own:
+        logits = model.path((1 - t) * l2d.initial_noise(model.config, context), t, context)
+    drawn = variants.propose(model.path, context, targets, share, own)
     proposed = drawn != targets
     rate = share * (1 - logits.softmax(-1).gather(-1, targets[..., None])).mean().item()
     assert proposed.float().mean().item() == pytest.approx(rate, abs=0.05)
@@ -59,13 +62,12 @@ def test_a_share_of_the_states_holds_a_token_that_the_base_draws(share):
     entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean().item()
     assert -losses.mean().item() == pytest.approx(entropy, rel=0.1)      # as the base draws
     found = l2d.diffusion_losses(model.path, context, targets, drawn)
-    t = l2d.uniform(1, context.seeds, context.positions, l2d.TIME)
     x_1 = model.path.vocabulary(model.base.get_input_embeddings()(drawn))
     x_t = (1 - t) * l2d.initial_noise(model.config, context) + t * x_1
     logits = model.path(x_t, t, context)
     right = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
-    loss = variants.loss_with_proposals(model, share, ids, len(right), input_ids=ids, seeds=seeds)
+    loss = variants.loss_with_proposals(model, share, own, ids, len(right), input_ids=ids, seeds=seeds)
     assert loss.loss.item() == pytest.approx(right.mean().item(), rel=1e-4)
 
 def test_both_train_as_train_py_does_and_continue(tmp_path):
