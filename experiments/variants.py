@@ -8,7 +8,7 @@
 Either writes an ordinary trained folder: nothing changes when it answers."""
 
 import math
-from functools import partial
+from functools import partial, update_wrapper
 
 import torch
 import torch.nn as nn
@@ -71,7 +71,8 @@ def make_variant(args, base, class_names):
     if args.init == "tied":
         start_tied(model)
     if args.proposals:
-        model.forward = partial(loss_with_proposals, model, args.proposals, args.own)
+        loss = partial(loss_with_proposals, model, args.proposals, args.own)
+        model.forward = update_wrapper(loss, model.forward)      # `generate` reads its signature
     return model
 
 def main():
