@@ -2189,7 +2189,7 @@ def test_each_validation_shows_three_answers(trained):
     for shown, example in zip(first, map(data.__getitem__, range(3)), strict=True):
         begin, ids = example["answer"], example["input_ids"]
         made = base.generate(torch.tensor([ids[:begin]]), do_sample=False,
-                             max_new_tokens=48)[0, begin:]
+                             max_new_tokens=min(48, len(ids) - begin))[0, begin:]
         question = tokenizer.decode(ids[:begin], skip_special_tokens=True)
         made = tokenizer.decode(made, skip_special_tokens=True)
         expected = f"> {question} -> {made} (right: {tokenizer.decode(ids[begin:-1])})"

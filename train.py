@@ -159,10 +159,11 @@ def score(model, inputs):
     return figures
 
 def answer(model, example, tokenizer):
-    """The end of an example's prompt, the model's answer to it, and the right one."""
-    ids, begin = torch.tensor([example["input_ids"]], device=model.device), example["answer"]
-    new = model.generate(ids[:, :begin], seeds=[0], do_sample=False, max_new_tokens=48)
-    parts = [ids[0, :begin][-48:], new[0, begin:], ids[0, begin:][:48]]
+    """The end of an example's prompt, the model's answer to it, and the right one, as long."""
+    begin = example["answer"]
+    ids = torch.tensor([example["input_ids"][:begin + 48]], device=model.device)
+    new = model.generate(ids[:, :begin], seeds=[0], do_sample=False, max_length=ids.shape[1])
+    parts = [ids[0, :begin][-48:], new[0, begin:], ids[0, begin:]]
     question, answer, right = tokenizer.batch_decode(parts, skip_special_tokens=True)
     return console.one_line(f"> {question} -> {answer} (right: {right})")
 
@@ -235,8 +236,7 @@ def train(args, make_model=make_path, kind="l2d", score=score):
     return args
 
 def build(args, make_model):
-    """(model, tokenizer, training examples, held-out examples). Whatever may be wrong with options,
-    base and memory shows before the chats are read, which may take long."""
+    """(model, tokenizer, training examples, held-out ones). Errors come before the long reading."""
     dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     base = console.load_base(args.model, dtype=getattr(torch, dtype)).to(args.device)
     tokenizer = console.load_tokenizer(args.model, base.config.vocab_size)
