@@ -208,7 +208,7 @@ def main():
     dtype = getattr(torch, "float32" if args.flips else args.dtype or "float32")
     if args.out:
         kept = {"dtype": dtype} if args.flips or args.dtype else {}
-        model = load(l2d.L2D, args.out, **kept).to(args.device)
+        model = load(L2D, args.out, **kept).to(args.device)
         prefixes = answer_prefixes(model, args)
     else:
         model = fresh(args.device, dtype)

@@ -1,7 +1,6 @@
-"""What the scripts share: errors in one line, files that are whole, and several processes.
-
-These are started by torchrun --nproc-per-node N train.py .., and train one model. Each takes its
-share of every batch, and they add up their gradients. Only the first writes and prints."""
+"""What the scripts share: errors in one line, files that are whole, and several processes. These
+are started by torchrun --nproc-per-node N train.py .., and train one model. Each takes its share of
+every batch, and they add up their gradients. Only the first writes and prints."""
 
 import argparse
 import json
@@ -95,9 +94,11 @@ def from_first(do):
 
 def shares(items, cost):
     """Every process' part of a list, of about the same cost, and none empty if there are enough."""
-    parts = [[] for _ in range(world())]
+    parts, costs = [[] for _ in range(world())], [0] * world()
     for item in sorted(items, key=cost, reverse=True):
-        min(parts, key=lambda part: sum(map(cost, part))).append(item)
+        least = costs.index(min(costs))
+        parts[least].append(item)
+        costs[least] += cost(item)
     return parts
 
 @contextmanager
@@ -137,8 +138,7 @@ def load_tokenizer(name, vocab_size=math.inf):
     return tokenizer
 
 def check_numbers(parser, args, *from_0):
-    """parser.error about the first number that is neither its default nor above 0. Those in from_0,
-    and seeds, may be 0."""
+    """parser.error about the first number out of range: above 0, or from 0 for from_0 and seeds."""
     for name, given in vars(args).items():
         least, most, rule = 0, math.inf, "above 0"
         if "seed" in name:
